@@ -1,0 +1,6 @@
+"""Calibration: what a model sees while it is quantized, and what its layers see then."""
+
+from lqedu.calibration.capture import block_inputs, run_block
+from lqedu.calibration.corpus import load_corpus, token_windows
+
+__all__ = ["block_inputs", "load_corpus", "run_block", "token_windows"]

@@ -1,0 +1,201 @@
+"""A quantized model as a folder: packed codes in safetensors, a record of what was done, the config and the tokenizer.
+
+    config.json, generation_config.json   the dense model's own
+    tokenizer files                       the model's own
+    model.safetensors                     packed codes, scales, zero points; every other tensor as it was
+    lqedu.json                            format version, method, and for each layer its grid, shape and report
+
+Nothing in it is a pickle. Chapter ``04-gptq`` writes and reads one.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lqedu import __version__
+from lqedu.atomic import atomic_directory
+from lqedu.checkpoint.unfinished import save_safetensors
+from lqedu.errors import CheckpointError, GridError, UsageError
+from lqedu.formats import IntGrid
+from lqedu.rounding import RoundingReport
+from lqedu.runtime.linear import QuantLinear, empty_quantized, quantized_linears
+
+RECORD = "lqedu.json"
+WEIGHTS = "model.safetensors"
+FORMAT_VERSION = 1
+
+
+def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
+    """Write a quantized model to a new folder, all of it or nothing.
+
+    Args:
+        model: a model that :func:`lqedu.quantize` returned.
+        folder: must not exist yet.
+        tokenizer: saved beside the model; by default the one that :func:`lqedu.load_model` gave with the dense model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the model is not quantized, or its tokenizer is not known.
+        CheckpointError: the folder exists, or cannot be written (a full disk, for instance).
+    """
+    layers = quantized_linears(model)
+    if not layers:
+        raise UsageError("the model has no quantized layers; call lqedu.quantize first")
+    tokenizer = tokenizer or getattr(model, "lqedu_tokenizer", None)
+    if tokenizer is None:
+        raise UsageError("the model carries no tokenizer; pass tokenizer=")
+    tensors, tied = _distinct(model.state_dict())
+    record = {
+        "format": "lqedu",
+        "format_version": FORMAT_VERSION,
+        "lqedu_version": __version__,
+        "method": model.lqedu_method,
+        "tied": tied,
+        "layers": {
+            name: {
+                "grid": layer.grid.to_dict(),
+                "shape": [layer.out_features, layer.in_features],
+                "report": asdict(model.lqedu_reports[name]),
+            }
+            for name, layer in layers.items()
+        },
+    }
+    folder = Path(folder)
+    with atomic_directory(folder) as temporary:
+        model.config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        save_safetensors(tensors, temporary / WEIGHTS, {"format": "pt"})
+        (temporary / RECORD).write_text(json.dumps(record, indent=1))
+    return folder
+
+
+def load(folder: Path | str) -> tuple[nn.Module, Any]:
+    """Read a folder that :func:`save` wrote.
+
+    Returns:
+        ``(model, tokenizer)``; the model computes the same bits as the one that was saved.
+
+    Raises:
+        CheckpointError: a folder that is foreign, truncated or damaged; the sentence lists everything that is wrong.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    record = _read_record(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error}); save the model again") from error
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder} has no usable config or tokenizer: {first_line}") from error
+
+    reports = {}
+    for name, layer in record["layers"].items():
+        try:
+            linear = model.get_submodule(name)
+            grid, shape = IntGrid.from_dict(layer["grid"]), tuple(layer["shape"])
+            frame = QuantLinear(empty_quantized(grid, shape), linear.bias)
+            reports[name] = RoundingReport(**layer["report"])
+        except (AttributeError, KeyError, TypeError, GridError) as error:
+            raise CheckpointError(f"{folder / RECORD}: layer {name!r} does not fit the model: {error}") from error
+        model.set_submodule(name, frame)
+    for copy, original in record["tied"].items():
+        if original in tensors:
+            tensors[copy] = tensors[original]
+    _check_tensors(folder, model, tensors)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.tie_weights()
+    model.requires_grad_(False).eval()
+    model.lqedu_method, model.lqedu_reports, model.lqedu_tokenizer = record["method"], reports, tokenizer
+    return model, tokenizer
+
+
+def folder_bytes(folder: Path | str) -> dict[str, int]:
+    """What a folder holds, in bytes by part; ``linears_fp16`` is what the quantized linears would take in FP16.
+
+    Parts: ``codes``, ``scales``, ``zeros`` of the quantized linears, ``other_tensors`` (embeddings, norms, biases),
+    ``files`` (everything beside the weights).
+    """
+    folder = Path(folder)
+    record = _read_record(folder)
+    tensors = load_file(folder / WEIGHTS)
+    parts = dict.fromkeys(("codes", "scales", "zeros", "other_tensors", "files"), 0)
+    suffix = {"codes": "codes", "scale": "scales", "zero": "zeros"}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        part = suffix.get(kind, "other_tensors") if layer in record["layers"] else "other_tensors"
+        parts[part] += tensor.nbytes
+    parts["files"] = sum(f.stat().st_size for f in folder.iterdir() if f.is_file() and f.name != WEIGHTS)
+    fp16 = sum(2 * layer["shape"][0] * layer["shape"][1] for layer in record["layers"].values())
+    return parts | {"linears_fp16": fp16}
+
+
+def _read_record(folder: Path) -> dict:
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not an lqedu checkpoint: it has no {RECORD}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); save the model again") from error
+    if not isinstance(record, dict) or record.get("format") != "lqedu":
+        raise CheckpointError(f"{path} was not written by lqedu")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {record.get('format_version')!r}, this lqedu reads {FORMAT_VERSION}; "
+            f"it was written by lqedu {record.get('lqedu_version')!r}"
+        )
+    missing = [key for key in ("method", "layers", "tied") if not isinstance(record.get(key), dict)]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; save the model again")
+    return record
+
+
+def _check_tensors(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Compare names, shapes and packed dtypes with what the model expects, and list every difference at once."""
+    want = model.state_dict()
+    problems = [f"missing {name}" for name in sorted(set(want) - set(tensors))]
+    problems += [f"unexpected {name}" for name in sorted(set(tensors) - set(want))]
+    for name in sorted(set(want) & set(tensors)):
+        if want[name].shape != tensors[name].shape:
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(want[name].shape)}")
+        elif not want[name].is_floating_point() and want[name].dtype != tensors[name].dtype:
+            problems.append(f"{name} has dtype {tensors[name].dtype}, expected {want[name].dtype}")
+    if problems:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: {_shorten(problems)}")
+
+
+def _shorten(problems: Iterable[str], most: int = 8) -> str:
+    problems = list(problems)
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
+
+
+def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors without repetition, and which names were copies of which (tied embeddings)."""
+    first: dict[tuple, str] = {}
+    tensors, tied = {}, {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        if tensor.numel() and key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.detach().contiguous().cpu()
+    return tensors, tied

@@ -1,0 +1,104 @@
+"""An unfinished run on disk: one file for each block that is done, and what the run was, so that it can go on.
+
+A block file holds packed codes, so a run that is killed and started again installs the same bits and computes the same
+activations behind them: it ends with the bytes an uninterrupted run would have written.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lqedu import __version__
+from lqedu.atomic import atomic_file
+from lqedu.errors import CheckpointError
+from lqedu.formats import IntGrid, QTensor
+from lqedu.models.load import weights_sha256
+from lqedu.rounding import RoundingReport
+
+if TYPE_CHECKING:
+    from lqedu.methods.base import Method
+
+
+class UnfinishedRun:
+    """The folder of a run in progress.
+
+    Raises:
+        CheckpointError: the folder holds a run with another model, method, data or build, or cannot be written.
+    """
+
+    def __init__(self, folder: Path | str, model: nn.Module, method: "Method", calibration: Tensor | None) -> None:
+        self.folder = Path(folder)
+        identity = _identity(model, method, calibration)
+        record = self.folder / "run.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            found = json.loads(record.read_text()) if record.exists() else None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot use {self.folder} for an unfinished run: {error}; remove it") from error
+        if found is None:
+            with atomic_file(record) as temporary:
+                temporary.write_text(json.dumps(identity, indent=1))
+        elif found != identity:
+            differs = sorted(key for key in identity if found.get(key) != identity[key]) or ["its fields"]
+            raise CheckpointError(
+                f"{self.folder} holds an unfinished run that differs in: {', '.join(differs)}; "
+                "remove it to start afresh, or repeat the command that began it"
+            )
+
+    def read(self, index: int) -> dict[str, tuple[QTensor, RoundingReport]] | None:
+        """The layers of block ``index``, or ``None`` where the block is not done."""
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                layers = json.loads(file.metadata()["layers"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); remove it and start again") from error
+        result = {}
+        for name, meta in layers.items():
+            packed = {key.removeprefix(name + ":"): t for key, t in tensors.items() if key.startswith(name + ":")}
+            quantized = QTensor.from_packed(packed, IntGrid.from_dict(meta["grid"]), tuple(meta["shape"]))
+            result[name] = (quantized, RoundingReport(**meta["report"]))
+        return result
+
+    def write(self, index: int, layers: dict[str, tuple[QTensor, RoundingReport]]) -> None:
+        """Keep the layers of block ``index``."""
+        tensors, meta = {}, {}
+        for name, (quantized, report) in layers.items():
+            tensors |= {f"{name}:{key}": tensor.cpu() for key, tensor in quantized.packed().items()}
+            meta[name] = {"grid": quantized.grid.to_dict(), "shape": quantized.shape, "report": asdict(report)}
+        with atomic_file(self._path(index)) as temporary:
+            save_safetensors(tensors, temporary, {"layers": json.dumps(meta)})
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """``safetensors.torch.save_file`` that reports a full disk as the OSError it is."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # the Rust side wraps I/O errors in its own type
+        raise OSError(str(error)) from error
+
+
+def _identity(model: nn.Module, method: "Method", calibration: Tensor | None) -> dict:
+    """Everything the resulting bytes depend on."""
+    tokens = None if calibration is None else hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
+    return {
+        "lqedu": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "model": weights_sha256(model),
+        "method": {"name": method.name, "options": method.options()},
+        "calibration": tokens,
+    }

@@ -1,0 +1,317 @@
+"""The command line: ``lqedu quantize | eval | compare | methods | doctor``.
+
+Results go to stdout, progress and errors to stderr. Exit status 0 on success, 2 on bad usage or bad input with one
+sentence that says what is wrong and what to do. ``--json`` prints one JSON object and nothing else.
+"""
+
+import json
+import platform
+import shutil
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from lqedu import __version__
+from lqedu.errors import LqeduError, UsageError
+
+app = typer.Typer(
+    help="Quantize large language models, step by step.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+ModelArg = Annotated[str, typer.Argument(help="smollm2-135m, a Hub id, or a local folder.", show_default=False)]
+CorpusOpt = Annotated[str, typer.Option(help="sotu, wikitext2, c4, or a text file.")]
+WindowsOpt = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
+LengthOpt = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
+SeedOpt = Annotated[int, typer.Option(help="Seed that draws the calibration windows.")]
+BitsOpt = Annotated[int, typer.Option(help="Bits of a weight.")]
+GroupOpt = Annotated[str, typer.Option(help="Inputs that share a scale: a number, 'channel', or 'auto'.")]
+TokensOpt = Annotated[int, typer.Option(help="Evaluation tokens.", min=2)]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def quantize(
+    model: ModelArg,
+    method: Annotated[str, typer.Option(help="A name from 'lqedu methods'.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", show_default=False)],
+    bits: BitsOpt = 4,
+    group_size: GroupOpt = "auto",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A hyper-parameter, field=value; repeatable.")] = None,
+    calibration: CorpusOpt = "sotu",
+    windows: WindowsOpt = 32,
+    length: LengthOpt = 512,
+    seed: SeedOpt = 0,
+    json_: JsonOpt = False,
+) -> None:
+    """Quantize a model and save it. Killed and started again, it goes on where it stopped."""
+    from lqedu.calibration import load_corpus, token_windows
+    from lqedu.checkpoint import folder_bytes, save
+    from lqedu.methods.base import get
+    from lqedu.methods.pipeline import quantize as run
+    from lqedu.models import load_model
+
+    if out.exists():
+        raise UsageError(f"{out} exists already; choose another --out or remove it")
+    get(method)  # an unknown name is refused before the model loads
+    options = _parse_set(set_ or [])
+    text = load_corpus(calibration, split="calibration") if get(method).needs_calibration else None
+    dense, tokenizer = load_model(model)
+    chosen = _build(method, dense, bits, group_size, options)
+    tokens = None if text is None else token_windows(tokenizer, text, length=length, count=windows, seed=seed)
+    unfinished = out.with_name(out.name + ".unfinished")
+    quantized = run(dense, chosen, tokens, progress=True, resume_dir=unfinished)
+    save(quantized, out, tokenizer)
+    shutil.rmtree(unfinished)
+
+    parts = folder_bytes(out)
+    packed = parts["codes"] + parts["scales"] + parts["zeros"]
+    summary = {
+        "model": model,
+        "method": quantized.lqedu_method,
+        "out": str(out),
+        "bytes": parts,
+        "fraction_of_fp16": packed / parts["linears_fp16"],
+        "bits_per_weight": 16 * packed / parts["linears_fp16"],
+        "raised_damping": [n for n, r in quantized.lqedu_reports.items() if r.attempts > 1],
+        "dead_columns": sum(r.dead_columns for r in quantized.lqedu_reports.values()),
+    }
+    if json_:
+        print(json.dumps(summary))
+        return
+    rows = [[part.replace("_", " "), f"{size / 1e6:,.2f} MB"] for part, size in parts.items() if part != "linears_fp16"]
+    _print_table(f"{out}: {chosen.title}, {summary['bits_per_weight']:.3f} bits per weight", ["part", "size"], rows)
+    print(f"quantized linears take {summary['fraction_of_fp16']:.3f} of their FP16 size")
+    for name in summary["raised_damping"]:
+        print(f"note: {name} needed more damping than asked for")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArg,
+    corpus: CorpusOpt = "sotu",
+    length: LengthOpt = 512,
+    tokens: TokensOpt = 4096,
+    json_: JsonOpt = False,
+) -> None:
+    """Perplexity of a model on a text (evaluation split), with its standard error."""
+    from lqedu.evaluation import perplexity
+    from lqedu.models import load_model
+
+    network, tokenizer = load_model(model)
+    windows = _evaluation_windows(tokenizer, corpus, length, tokens)
+    result = perplexity(network, windows, progress=True)
+    summary = {"model": model, "corpus": corpus, "length": length, "windows": len(windows), **_numbers(result)}
+    if json_:
+        print(json.dumps(summary))
+    else:
+        _print_table(model, ["perplexity", "NLL", "standard error", "tokens"], [_perplexity_row(result)])
+
+
+@app.command()
+def compare(
+    model: ModelArg,
+    methods: Annotated[str, typer.Option(help="Names from 'lqedu methods', separated by commas.")] = "rtn,gptq",
+    bits: BitsOpt = 4,
+    group_size: GroupOpt = "auto",
+    calibration: CorpusOpt = "sotu",
+    windows: WindowsOpt = 32,
+    corpus: CorpusOpt = "sotu",
+    length: LengthOpt = 512,
+    tokens: TokensOpt = 32768,
+    seed: SeedOpt = 0,
+    json_: JsonOpt = False,
+) -> None:
+    """Several methods on the same calibration and evaluation text, in one table, paired by window."""
+    from lqedu.calibration import load_corpus, token_windows
+    from lqedu.evaluation import paired, perplexity
+    from lqedu.methods.base import get
+    from lqedu.methods.pipeline import quantize as run
+    from lqedu.models import load_model
+    from lqedu.runtime import quantized_linears
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--methods names no method; see 'lqedu methods'")
+    for name in names:
+        get(name)
+    dense, tokenizer = load_model(model)
+    chosen = [_build(name, dense, bits, group_size, {}) for name in names]
+    calibrate = None
+    if any(method.needs_calibration for method in chosen):
+        text = load_corpus(calibration, split="calibration")
+        calibrate = token_windows(tokenizer, text, length=length, count=windows, seed=seed)
+    evaluation = _evaluation_windows(tokenizer, corpus, length, tokens)
+
+    reference = perplexity(dense, evaluation, progress=True)
+    rows = [{"method": "dense", "bits_per_weight": None, **_numbers(reference), "delta_nll": 0.0, "delta_stderr": 0.0}]
+    for method in chosen:
+        quantized = run(dense, method, calibrate, progress=True)
+        layers = quantized_linears(quantized).values()
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        result = perplexity(quantized, evaluation, progress=True)
+        difference = paired(result, reference)
+        rows.append(
+            {
+                "method": method.name,
+                "bits_per_weight": 8 * sum(layer.nbytes for layer in layers) / weights,
+                **_numbers(result),
+                "delta_nll": difference.delta_nll,
+                "delta_stderr": difference.stderr,
+            }
+        )
+    if json_:
+        print(json.dumps({"model": model, "corpus": corpus, "length": length, "windows": len(evaluation), "rows": rows}))
+        return
+    table = [
+        [
+            row["method"],
+            "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}",
+            f"{row['ppl']:.3f}",
+            f"{row['delta_nll']:+.4f} ± {row['delta_stderr']:.4f}",
+        ]
+        for row in rows
+    ]
+    _print_table(f"{model} on {corpus}", ["method", "bits per weight", "perplexity", "NLL against dense"], table)
+
+
+@app.command("methods")
+def list_methods(json_: JsonOpt = False) -> None:
+    """The methods there are: four answers each, and what they need."""
+    from lqedu.methods import available
+
+    rows = [
+        {
+            "name": cls.name,
+            "title": cls.title,
+            **asdict(cls.answers),
+            "quantizes": list(cls.quantizes),
+            "needs_calibration": cls.needs_calibration,
+            "chapter": cls.chapter,
+            "options": {key: field.default for key, field in cls.__dataclass_fields__.items()},
+        }
+        for cls in available().values()
+    ]
+    if json_:
+        print(json.dumps({"methods": rows}))
+        return
+    columns = ["name", "grid", "move", "round", "run", "chapter"]
+    _print_table("methods", columns, [[row[column] for column in columns] for row in rows])
+
+
+@app.command()
+def doctor(json_: JsonOpt = False) -> None:
+    """What this machine has: versions, a GPU, Triton, and whether the embedded model is in the cache."""
+    import torch
+
+    from lqedu.assets import cache_folder
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: kernels run as their reference"
+    facts = {
+        "lqedu": __version__,
+        "python": platform.python_version(),
+        **{package: installed(package) for package in ("torch", "transformers", "triton", "safetensors", "numpy")},
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "cache": str(cache_folder()),
+        "free disk": f"{shutil.disk_usage(Path.home()).free / 1e9:.0f} GB",
+    }
+    if json_:
+        print(json.dumps(facts))
+    else:
+        _print_table("lqedu doctor", ["", ""], [[key, str(value)] for key, value in facts.items()])
+
+
+def main() -> None:
+    """Entry point of the ``lqedu`` command."""
+    try:
+        status = app(standalone_mode=False)
+    except (click.ClickException, LqeduError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        sys.exit(_fail(message))
+    except (KeyboardInterrupt, click.Abort):
+        print("lqedu: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(status or 0)
+
+
+def _fail(message: str) -> int:
+    print(f"lqedu: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _build(name: str, model: Any, bits: int, group_size: str, options: dict[str, Any]) -> Any:
+    """The method with these options; ``--bits`` and ``--group-size`` apply where it has such fields."""
+    from lqedu.methods.base import build, get
+    from lqedu.methods.pipeline import auto_group_size
+
+    has = get(name).__dataclass_fields__
+    given: dict[str, Any] = {"bits": bits} if "bits" in has else {}
+    if "group_size" in has and "group_size" not in options:
+        if group_size == "auto":
+            given["group_size"] = auto_group_size(model)
+            print(f"group size: {given['group_size']}", file=sys.stderr)
+        elif group_size == "channel":
+            given["group_size"] = None
+        elif group_size.isdecimal():
+            given["group_size"] = int(group_size)
+        else:
+            raise UsageError(f"--group-size is a number, 'channel' or 'auto', got {group_size!r}")
+    return build(name, given | options)
+
+
+def _parse_set(pairs: list[str]) -> dict[str, Any]:
+    """``["damping=0.05", "order=activation"]`` to a dict; values are JSON where they parse, else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise UsageError(f"--set takes field=value, got {pair!r}")
+        try:
+            options[key] = json.loads(value.lower() if value in ("True", "False", "None") else value)
+        except ValueError:
+            options[key] = None if value == "None" else value
+    return options
+
+
+def _evaluation_windows(tokenizer: Any, corpus: str, length: int, tokens: int) -> Any:
+    from lqedu.calibration import load_corpus, token_windows
+
+    if tokens < length:
+        raise UsageError(f"--tokens {tokens} is less than one window of --length {length}")
+    return token_windows(tokenizer, load_corpus(corpus, split="evaluation"), length=length, count=tokens // length)
+
+
+def _numbers(result: Any) -> dict[str, float]:
+    return {"ppl": result.ppl, "nll": result.nll, "stderr": result.stderr, "tokens": result.tokens}
+
+
+def _perplexity_row(result: Any) -> list[str]:
+    return [f"{result.ppl:.4f}", f"{result.nll:.5f}", f"{result.stderr:.5f}", f"{result.tokens:,}"]
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

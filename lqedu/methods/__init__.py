@@ -1,0 +1,7 @@
+"""Methods: one file each, named as its chapter. The registry of these classes is the book's summary table."""
+
+from lqedu.methods.base import Answers, Method, available, build, get
+from lqedu.methods.gptq import GPTQ
+from lqedu.methods.rtn import RTN
+
+__all__ = ["GPTQ", "RTN", "Answers", "Method", "available", "build", "get"]

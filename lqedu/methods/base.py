@@ -1,0 +1,133 @@
+"""A method is one answer to each of four questions; the registry of methods is the book's summary table."""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lqedu.errors import UsageError
+from lqedu.formats import IntGrid, QTensor
+from lqedu.rounding import RoundingReport
+
+_REGISTRY: dict[str, type["Method"]] = {}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The four questions of chapter ``01-memory-wall``, answered in a few words each.
+
+    Attributes:
+        grid: which values can be stored.
+        move: where the difficulty goes before rounding.
+        round: which grid point each weight gets.
+        run: what the hardware executes.
+    """
+
+    grid: str
+    move: str
+    round: str
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of every method: frozen hyper-parameters with the published defaults, plus what the table says of it.
+
+    A subclass names itself and is found by :func:`available`; its dataclass fields are its hyper-parameters.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    chapter: ClassVar[str]
+    citation: ClassVar[str]
+    answers: ClassVar[Answers]
+    quantizes: ClassVar[tuple[str, ...]] = ("weights",)
+    needs_calibration: ClassVar[bool]
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):  # abstract bases such as WeightOnly carry no name
+            _REGISTRY[cls.name] = cls
+
+    def quantize_linear(self, weight: Tensor, hessian: Tensor | None) -> tuple[QTensor, RoundingReport]:
+        """Quantize one linear layer ``[out, in]``; ``hessian`` is ``None`` for a method that needs no data."""
+        raise NotImplementedError
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Refuse a weight ``[out, in]`` that this method's grid does not fit (GridError)."""
+
+    def options(self) -> dict[str, Any]:
+        """Hyper-parameters by name, as JSON can store them."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOnly(Method):
+    """What weight-only methods on an integer grid share.
+
+    Attributes:
+        bits: 2 to 8.
+        group_size: inputs that share a scale, or ``None`` for one scale per output channel.
+        symmetric: a grid without zero points.
+        search: "none", or "mse" for the range with the least sum of |error|^2.4.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    search: str = "none"
+
+    def __post_init__(self) -> None:
+        self.grid()  # contradictions die here
+
+    def grid(self) -> IntGrid:
+        """The grid these hyper-parameters describe."""
+        granularity = "channel" if self.group_size is None else "group"
+        return IntGrid(self.bits, self.symmetric, granularity, self.group_size, search=self.search)
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Refuse a weight whose inputs the group size does not divide (GridError)."""
+        self.grid().scale_shape(shape)
+
+
+def available() -> dict[str, type[Method]]:
+    """Every method by name, in alphabetical order."""
+    return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
+
+
+def get(name: str) -> type[Method]:
+    """The method called ``name``.
+
+    Raises:
+        UsageError: no such method; the sentence lists those there are.
+    """
+    if name not in available():
+        raise UsageError(f"unknown method {name!r}; available: {', '.join(available())}")
+    return _REGISTRY[name]
+
+
+def build(name: str, options: dict[str, Any]) -> Method:
+    """A method from its name and hyper-parameters, as a checkpoint or the command line gives them.
+
+    Raises:
+        UsageError: an unknown method or hyper-parameter, or a value of the wrong type.
+
+    >>> build("gptq", {"bits": 3, "group_size": 64}).bits
+    3
+    """
+    cls = get(name)
+    types = {f.name: f.type for f in fields(cls)}
+    for key, value in options.items():
+        if key not in types:
+            raise UsageError(f"method {name!r} has no option {key!r}; it has {', '.join(types)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = {
+            int: isinstance(value, int) and number,
+            float: number,
+            bool: isinstance(value, bool),
+            str: isinstance(value, str),
+            (int | None): value is None or (isinstance(value, int) and number),
+        }[types[key]]
+        if not fits:
+            wanted = getattr(types[key], "__name__", str(types[key]))
+            raise UsageError(f"option {key!r} of method {name!r} must be {wanted}, got {value!r}")
+    return cls(**options)

@@ -1,0 +1,212 @@
+"""From a method and a model to a quantized model, one decoder block at a time.
+
+A block's forward pass runs once over all calibration tokens. Just before a linear layer runs, its input is at hand: the
+Hessian is built from it, the layer is quantized on the spot, and the pass goes on through the quantized weight. So every
+layer is calibrated on what it will really see, each sub-module of a block runs once, and memory holds one block and its
+activations. Chapter ``04-gptq``.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lqedu.calibration.capture import block_inputs, run_block
+from lqedu.checkpoint.unfinished import UnfinishedRun
+from lqedu.errors import CalibrationError, LqeduError, NotPositiveDefiniteError, UsageError
+from lqedu.formats import QTensor
+from lqedu.formats.integer import check_weight
+from lqedu.linalg.hessian import HessianAccumulator
+from lqedu.methods.base import Method
+from lqedu.models.anatomy import Stage, block_list, describe, linears
+from lqedu.rounding import RoundingReport
+from lqedu.runtime.linear import QuantLinear, quantized_linears
+
+MAX_ATTEMPTS = 3  # the damping asked for, and twice ten times more
+
+Layers = dict[str, tuple[QTensor, RoundingReport]]  # by name relative to the block
+
+
+def quantize(
+    model: nn.Module,
+    method: Method,
+    calibration: Tensor | None = None,
+    *,
+    progress: bool = False,
+    resume_dir: Path | str | None = None,
+) -> nn.Module:
+    """Quantize the linear layers of every decoder block.
+
+    Args:
+        model: a dense causal language model that :func:`lqedu.models.anatomy.describe` knows. Not changed.
+        method: what to do, e.g. ``GPTQ(bits=4, group_size=64)``.
+        calibration: token ids ``[windows, length]``, int64; required where ``method.needs_calibration``, unused elsewhere.
+        progress: show a progress bar on stderr.
+        resume_dir: folder that keeps each finished block; a run that finds it there goes on behind the last one and ends
+            with the same bytes. The caller deletes it.
+
+    Returns:
+        A new model that shares every untouched tensor with ``model``. Its attributes ``lqedu_reports`` (a
+        :class:`RoundingReport` for each layer) and ``lqedu_method`` (name and options) say what was done.
+
+    Raises:
+        GridError, CalibrationError, UnsupportedModelError, UsageError: refused before work starts, naming the layer.
+        CheckpointError: ``resume_dir`` belongs to another run or cannot be written.
+    """
+    anatomy = describe(model)
+    check_request(model, method, calibration)
+    result = _copy_sharing_tensors(model)
+    result.lqedu_method = {"name": method.name, "options": method.options()}
+    result.lqedu_reports = {}
+    unfinished = None if resume_dir is None else UnfinishedRun(resume_dir, model, method, calibration)
+    hidden, kwargs = block_inputs(result, calibration) if method.needs_calibration else (None, {})
+    with tqdm(total=len(linears(model)), desc=method.title, unit="layer", disable=not progress) as bar:
+        for index, block in enumerate(block_list(result)):
+            prefix = f"{anatomy.blocks}.{index}."
+            layers = unfinished.read(index) if unfinished else None
+            if layers is None:
+                layers, hidden = _quantize_block(block, anatomy.stages, method, hidden, kwargs, prefix, bar.update)
+                _install(block, layers)
+                if unfinished:
+                    unfinished.write(index, layers)
+            else:
+                _install(block, layers)
+                hidden = None if hidden is None else run_block(block, hidden, kwargs)
+                bar.update(len(layers))
+            result.lqedu_reports |= {prefix + name: report for name, (_, report) in layers.items()}
+    return result
+
+
+def auto_group_size(model: nn.Module) -> int:
+    """The largest of 128, 64 and 32 that divides the inputs of every linear layer of the blocks.
+
+    Raises:
+        UsageError: none of them does.
+    """
+    widths = {linear.in_features for linear in linears(model).values()}
+    for size in (128, 64, 32):
+        if all(width % size == 0 for width in widths):
+            return size
+    raise UsageError(f"none of 128, 64 and 32 divides all layer widths {sorted(widths)}; use per-channel scales")
+
+
+def check_request(model: nn.Module, method: Method, calibration: Tensor | None) -> None:
+    """Refuse, before any work, what would fail later: see :func:`quantize` for the errors."""
+    if quantized_linears(model):
+        raise UsageError("the model is already quantized; start from the dense one")
+    if method.needs_calibration:
+        _check_windows(model, calibration, method)
+    for name, linear in linears(model).items():
+        with _context(name, linear.weight, method):
+            check_weight(linear.weight)
+            method.check_shape(tuple(linear.weight.shape))
+
+
+def _check_windows(model: nn.Module, calibration: Tensor | None, method: Method) -> None:
+    if calibration is None:
+        raise CalibrationError(f"{method.title} needs calibration windows; pass calibration=lqedu.token_windows(...)")
+    if not isinstance(calibration, Tensor) or calibration.dtype != torch.int64 or calibration.dim() != 2:
+        raise CalibrationError("calibration must be int64 token ids of shape [windows, length]")
+    if calibration.numel() == 0:
+        raise CalibrationError("calibration holds no tokens; use more windows or a longer text")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if int(calibration.min()) < 0 or int(calibration.max()) >= vocabulary:
+        raise CalibrationError(
+            f"calibration holds token ids outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
+        )
+
+
+def _quantize_block(
+    block: nn.Module,
+    stages: tuple[Stage, ...],
+    method: Method,
+    hidden: Tensor | None,
+    kwargs: dict,
+    prefix: str,
+    tick: Callable[[int], object],
+) -> tuple[Layers, Tensor | None]:
+    """Quantize the linears of one block; returns them and the block's outputs behind quantized weights."""
+    layers: Layers = {}
+
+    def quantize_stage(stage: Stage, hessian: Tensor | None) -> None:
+        for name in stage.linears:
+            linear = block.get_submodule(name)
+            with _context(prefix + name, linear.weight, method):
+                layers[name] = _with_retries(method, linear.weight.detach(), hessian)
+            w_hat = layers[name][0].dequantize(linear.weight.dtype)
+            linear.weight = nn.Parameter(w_hat, requires_grad=False)  # of our copy: the caller's tensor stays
+            tick(1)
+
+    if not method.needs_calibration:
+        for stage in stages:
+            quantize_stage(stage, None)
+        return layers, None
+
+    if getattr(method, "true_sequential", True):
+        # Quantize each stage inside the one forward pass, just before its first linear runs.
+        def visitor(stage: Stage) -> Callable[[Tensor], None]:
+            def visit(x: Tensor) -> None:
+                if stage.linears[0] not in layers:
+                    quantize_stage(stage, _hessian(x))
+
+            return visit
+
+        visit = {name: visitor(stage) for stage in stages for name in stage.linears}
+        hidden = run_block(block, hidden, kwargs, visit=visit)
+        return {name: layers[name] for stage in stages for name in stage.linears}, hidden
+
+    # Otherwise one pass through the dense block for all Hessians, and one behind the quantized weights.
+    hessians: dict[str, Tensor] = {}
+    collect = {
+        stage.linears[0]: (lambda x, name=stage.linears[0]: hessians.update({name: _hessian(x)})) for stage in stages
+    }
+    run_block(block, hidden, kwargs, visit=collect)
+    for stage in stages:
+        quantize_stage(stage, hessians[stage.linears[0]])
+    return layers, run_block(block, hidden, kwargs)
+
+
+def _hessian(x: Tensor) -> Tensor:
+    accumulator = HessianAccumulator(x.shape[-1])
+    accumulator.add(x)
+    return accumulator.result()
+
+
+def _with_retries(method: Method, weight: Tensor, hessian: Tensor | None) -> tuple[QTensor, RoundingReport]:
+    """Raise the damping tenfold, at most twice, where a Hessian cannot be factored; the report says so."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            quantized, report = method.quantize_linear(weight, hessian)
+            return quantized, dataclasses.replace(report, attempts=attempt)
+        except NotPositiveDefiniteError:
+            if attempt == MAX_ATTEMPTS:
+                raise
+            method = dataclasses.replace(method, damping=10 * method.damping)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _context(name: str, weight: Tensor, method: Method) -> Iterator[None]:
+    """Add layer, shape and method to any error of ours from below, and keep its type."""
+    try:
+        yield
+    except LqeduError as error:
+        raise type(error)(f"{name} {list(weight.shape)}, {method.title}: {error}") from error
+
+
+def _install(block: nn.Module, layers: Layers) -> None:
+    """Replace the linears of a block by layers that keep packed codes."""
+    for name, (quantized, _) in layers.items():
+        linear = block.get_submodule(name)
+        block.set_submodule(name, QuantLinear(quantized, linear.bias))
+
+
+def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """New modules around the same tensors: replacing a layer of the copy leaves the model alone, at no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

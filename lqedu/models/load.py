@@ -1,0 +1,220 @@
+"""Loading models as plain dense ones, from wherever they come; ``00-setup``."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lqedu.assets import SMOLLM2, cached_folder, smollm2_gguf
+from lqedu.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2-135m"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, "PreTrainedTokenizerBase"]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name_or_path: ``"smollm2-135m"`` (embedded: fetched and converted on first use, about a minute; under two seconds
+            later, offline), the id of a model on the Hugging Face Hub, a local folder in its layout, or a folder that
+            :func:`lqedu.save` wrote.
+        dtype: of the parameters: float32, float16, bfloat16 or float64. Codes and scales of a quantized model stay as
+            they were saved.
+        device: where the model goes.
+
+    Returns:
+        ``(model, tokenizer)``; the model is in evaluation mode, and dense unless its folder is one of ours.
+
+    Raises:
+        UsageError: no such model, an incomplete folder, or a dtype that is not floating point.
+        UnsupportedModelError: not a causal language model that transformers knows by itself, or already quantized by
+            another tool.
+        CheckpointError: weights that are damaged or do not belong to the configuration.
+        MissingDependencyError: a Hub that cannot be reached, a device or a package this machine lacks.
+
+    Only safetensors are read and no code from a repository is run.
+    """
+    name = str(name_or_path)
+    device = _check_device(device)
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+    if name == EMBEDDED:
+        with _no_progress_bars():
+            model, tokenizer = _load_dense(str(_embedded_folder()), dtype)
+    elif (Path(name) / "lqedu.json").is_file():
+        from lqedu.checkpoint import load  # here, because checkpoints know models and not the other way round
+
+        model, tokenizer = load(name)
+        for parameter in model.parameters():  # buffers are codes and scales: their dtype is part of the format
+            parameter.data = parameter.data.to(dtype)
+    elif Path(name).is_dir():
+        with _no_progress_bars():
+            model, tokenizer = _load_dense(name, dtype)
+    elif Path(name).exists() or not _HUB_ID.fullmatch(name):
+        raise UsageError(f"no model folder at {name!r}; pass {EMBEDDED!r}, a Hub id such as 'org/name', or a folder")
+    else:
+        model, tokenizer = _load_dense(name, dtype)  # downloads take long: their progress bars stay
+    return model.to(device).eval(), tokenizer
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Digest of all tensors of the state dict, sorted by name: name, dtype, shape and bytes of each; in hex.
+
+    It tells whether two runs started from the same weights; a saved and reloaded model keeps it, a cast one does not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _embedded_folder() -> Path:
+    """The embedded model as a folder in the Hub's layout; converted once.
+
+    Parsing and dequantizing the GGUF takes half a minute on two cores, most of it spent on its vocabulary; reading the
+    same float32 weights from safetensors takes a second. Tests assert that the bits are the same.
+    """
+    return cached_folder(f"{EMBEDDED}-dense-{SMOLLM2[1][:12]}", lambda folder: _convert_gguf(smollm2_gguf(), folder))
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the dense float32 model in ``gguf`` and its tokenizer to ``folder``."""
+    import sys
+
+    try:
+        import accelerate  # noqa: F401  (transformers needs both to read GGUF)
+        import gguf as _  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the embedded model is a GGUF file and package {error.name!r} is missing; pip install {error.name}"
+        ) from error
+    print(f"lqedu: converting {EMBEDDED} to float32 (once; half a minute)", file=sys.stderr, flush=True)
+    with _no_progress_bars():
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+        quantized = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        # transformers marks what came from a GGUF as quantized and refuses to save or cast it, although its weights are
+        # dense by now. A fresh model of the same class around the same tensors has no such marks.
+        config = quantized.config
+        del config.quantization_config
+        config.name_or_path = EMBEDDED
+        with torch.device("meta"):
+            model = type(quantized)(config)
+        model.load_state_dict(quantized.state_dict(), assign=True)
+        model.tie_weights()
+        model.save_pretrained(folder)
+
+
+def _load_dense(source: str, dtype: torch.dtype) -> tuple[nn.Module, "PreTrainedTokenizerBase"]:
+    """A dense model and its tokenizer from a folder or the Hub, with transformers' many errors turned into ours."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": False}
+    with _explained(source, "config.json"):
+        config = AutoConfig.from_pretrained(source, **options)
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise UnsupportedModelError(f"{source} is already quantized ({method}); load the dense model it was made from")
+    try:
+        with _explained(source, "safetensors weights"):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+    except SafetensorError as error:
+        raise CheckpointError(f"the weights of {source} are damaged ({error}); fetch them again") from error
+    # transformers fills what it does not find with random numbers and only warns.
+    if wrong := sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]])):
+        raise CheckpointError(
+            f"the weights of {source} lack or misshape {len(wrong)} tensors of its configuration "
+            f"(first: {wrong[0]}); fetch the model again"
+        )
+    with _explained(source, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    return model, tokenizer
+
+
+@contextmanager
+def _explained(source: str, part: str) -> Iterator[None]:
+    """Turn what transformers and the Hub raise while they look for ``part`` of ``source`` into one sentence of ours."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except (hub.GatedRepoError, hub.RepositoryNotFoundError) as error:
+        raise UsageError(_no_model(source)) from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        causes = list(_chain(error))
+        local = Path(source).is_dir()
+        if any(isinstance(cause, hub.GatedRepoError | hub.RepositoryNotFoundError) for cause in causes):
+            raise UsageError(_no_model(source)) from error
+        if isinstance(error, ImportError):
+            raise MissingDependencyError(f"{source} needs a package that is missing: {_first_line(error)}") from error
+        if isinstance(error, OSError) and not local and not _reached_hub(causes):
+            raise MissingDependencyError(
+                f"cannot reach the Hub for {source!r} and its files are not in the local cache; "
+                f"go online, or pass {EMBEDDED!r} or a local folder"
+            ) from error
+        if isinstance(error, OSError):
+            raise UsageError(f"{source} has no {part} that can be read ({_first_line(error)})") from error
+        raise UnsupportedModelError(
+            f"{source} is not a causal language model that transformers knows by itself ({_first_line(error)})"
+        ) from error
+
+
+def _no_model(source: str) -> str:
+    return f"no model {source!r} on the Hub that this account may read; check the id, or log in with 'hf auth login'"
+
+
+def _reached_hub(causes: list[BaseException]) -> bool:
+    """Whether the Hub answered: then a file is missing rather than the network."""
+    from huggingface_hub import errors as hub
+
+    return any(isinstance(cause, hub.EntryNotFoundError) and not isinstance(cause, hub.LocalEntryNotFoundError) for cause in causes)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}; pass 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MissingDependencyError(f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA GPUs")
+    return device
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers without its progress bars, which fill a notebook page; as it was before, afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,9 @@
+"""Rounding: which grid point does each weight get? (chapters ``02-grids``, ``04-gptq``)"""
+
+# Functions share their names with their modules: importing them here, eagerly, makes the function win every time.
+from lqedu.rounding.gptq import gptq
+from lqedu.rounding.ldlq import ldlq
+from lqedu.rounding.nearest import nearest
+from lqedu.rounding.report import RoundingReport, proxy_loss
+
+__all__ = ["RoundingReport", "gptq", "ldlq", "nearest", "proxy_loss"]

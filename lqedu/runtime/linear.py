@@ -1,0 +1,63 @@
+"""A linear layer that keeps its packed codes: what a quantized model holds instead of ``nn.Linear``.
+
+Derived in chapter ``02-grids``. This is the reference path, plain PyTorch on any device: unpack, dequantize, multiply.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lqedu.formats import IntGrid, QTensor
+
+
+class QuantLinear(nn.Module):
+    """``y = x ŵ^T + bias`` with ``ŵ`` stored as packed codes, scales and zero points.
+
+    Buffers: ``codes`` uint8 ``[out, packed_width(in, bits)]``, ``scale`` ``grid.scale_shape``, and for an asymmetric grid
+    ``zero``, uint8, packed along the groups. ``bias`` stays as it was.
+    """
+
+    def __init__(self, quantized: QTensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.grid = quantized.grid
+        self.out_features, self.in_features = quantized.shape
+        for name, tensor in quantized.packed().items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def quantized(self) -> QTensor:
+        """The weight, unpacked."""
+        names = ("codes", "scale") if self.grid.symmetric else ("codes", "scale", "zero")
+        packed = {name: self.get_buffer(name) for name in names}
+        return QTensor.from_packed(packed, self.grid, (self.out_features, self.in_features))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weight: codes, scales and zero points."""
+        return self.grid.nbytes((self.out_features, self.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in]`` to ``[..., out]``, computed in the dtype of ``x``."""
+        return nn.functional.linear(x, self.quantized.dequantize(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}"
+
+    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202  (torch's own signature)
+        """Move with the model, but keep the stored bits: ``model.bfloat16()`` must not re-round the scales."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers of a model by their dotted names, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def empty_quantized(grid: IntGrid, shape: tuple[int, int]) -> QTensor:
+    """A quantized weight of zeros, the frame that a checkpoint's tensors are loaded into."""
+    scale = torch.ones(grid.scale_shape(shape), dtype=grid.scale_dtype)
+    zero = None if grid.symmetric else torch.zeros(grid.scale_shape(shape), dtype=torch.uint8)
+    return QTensor(torch.zeros(shape, dtype=grid.code_dtype), scale, zero, grid)

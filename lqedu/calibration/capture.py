@@ -1,75 +1,98 @@
-"""Run a model one decoder block at a time, and look at what each of its sub-modules receives.
+"""What a model's blocks and layers see, one block at a time; ``04-gptq``.
 
-Only one block and the hidden states of the calibration tokens need to be at hand, whatever the depth of the model.
-Chapter ``04-gptq``.
+A model is run as the sequence it is: everything before the first block once, then block after block, each with the
+outputs of the one before. Only one block's activations are held at a time, and what happens to a block (its weights may
+be replaced while it runs) is what the next one sees.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lqedu.errors import UnsupportedModelError
 from lqedu.models.anatomy import block_list
+from lqedu.models.modes import inference
 
-Visitor = Callable[[Tensor], None]
-
-
-class _Arrived(Exception):  # noqa: N818  (a signal, not an error)
-    """Carries the first block's arguments out of the model's forward."""
+Visitor = Callable[[Tensor], object]
 
 
-@torch.no_grad()
+class _FirstBlockReached(Exception):
+    """A jump out of the model's forward, not an error."""
+
+
 def block_inputs(model: nn.Module, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What the first decoder block receives: everything before it runs, the block itself does not.
+    """Run what comes before the first decoder block, on all windows at once.
 
     Args:
-        model: a model that :func:`lqedu.models.anatomy.describe` knows.
-        windows: int64 ``[n, length]``.
+        model: a causal language model that :func:`lqedu.models.anatomy.describe` knows.
+        windows: token ids, int64 ``[n, length]``, on any device.
 
     Returns:
-        ``(hidden, kwargs)``: hidden states ``[n, length, d]``, and the keyword arguments (mask, positions) that every
-        block receives alike.
+        ``(hidden, kwargs)``: the first block's input ``[n, length, d]``, and everything else the model passes to its
+        blocks (positions, mask; no KV cache), for :func:`run_block`. The first block itself does not run.
+
+    Raises:
+        UnsupportedModelError: an unknown type, or blocks that need different masks at this length.
     """
+    _check_masks(model, windows.shape[1])
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
 
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        raise _Arrived(args, kwargs)
+    def catch(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        caught.append((args[0], kwargs))
+        raise _FirstBlockReached
 
-    handle = block_list(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    hook = block_list(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        model(windows.to(model.device), use_cache=False)
-    except _Arrived as arrived:
-        args, kwargs = arrived.args
+        with inference(model):
+            model(windows.to(model.get_input_embeddings().weight.device), use_cache=False)
+    except _FirstBlockReached:
+        pass
     finally:
-        handle.remove()
-    if args:
-        return args[0], kwargs
-    return kwargs.pop("hidden_states"), kwargs
+        hook.remove()
+    return caught[0]
 
 
-@torch.no_grad()
 def run_block(
     block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], *, visit: Mapping[str, Visitor] | None = None
 ) -> Tensor:
-    """One forward pass of a block over all windows at once.
+    """One forward pass of a decoder block over all windows.
 
     Args:
-        block: a decoder block.
-        hidden: ``[n, length, d]``, not changed.
-        kwargs: as :func:`block_inputs` returned them.
-        visit: functions by sub-module name (relative to the block); each gets the sub-module's input just before the
-            sub-module runs. A visitor may replace the sub-module's weight: the new one is what runs.
+        block: one of :func:`lqedu.models.anatomy.block_list`.
+        hidden: its input ``[n, length, d]``; not changed.
+        kwargs: from :func:`block_inputs`.
+        visit: functions by the name of a submodule relative to the block. Each is called with the submodule's input
+            (``[..., in]``) just before the submodule runs. It may replace the submodule's ``weight``: the pass goes on
+            through the new one, so that a layer can be quantized on what it sees, and what follows sees the result.
 
     Returns:
-        The block's output, ``[n, length, d]``.
+        The block's output ``[n, length, d]``.
     """
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(lambda module, args, f=function: f(args[0]))
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(_calling(function), with_kwargs=True)
         for name, function in (visit or {}).items()
     ]
     try:
-        output = block(hidden, **kwargs)
+        with inference(block):
+            output = block(hidden, **kwargs)
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
     return output[0] if isinstance(output, tuple) else output
+
+
+def _calling(function: Visitor) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        function(args[0] if args else next(iter(kwargs.values())))  # attention gets its input by name
+
+    return hook
+
+
+def _check_masks(model: nn.Module, length: int) -> None:
+    """Refuse blocks that attend differently: they would all get the first block's mask."""
+    window = getattr(model.config, "sliding_window", None)
+    if len(set(getattr(model.config, "layer_types", None) or ())) > 1 and window is not None and length > window:
+        raise UnsupportedModelError(
+            f"some blocks of this model attend to the last {window} tokens only; use windows of at most {window} tokens"
+        )

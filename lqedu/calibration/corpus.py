@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lqedu.assets import cache_dir, sotu_folder
+from lqedu.assets import cache_folder, sotu_folder
 from lqedu.errors import CalibrationError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _sotu(split: str) -> str:
 
 def _wikitext2(split: str) -> str:
     name = _WIKITEXT2_FILES[split]
-    placed = cache_dir() / "wikitext2" / name  # where a machine without a network can put it
+    placed = cache_folder() / "wikitext2" / name  # where a machine without a network can put it
     if placed.is_file():
         raw = placed.read_bytes()
     else:

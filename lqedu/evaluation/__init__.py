@@ -1,4 +1,4 @@
-"""Evaluation: what did quantization cost? (chapter ``03-bench``)"""
+"""Evaluation: what quantization cost."""
 
 from lqedu.evaluation.perplexity import PairedDifference, Perplexity, paired, perplexity
 

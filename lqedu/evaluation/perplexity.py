@@ -1,31 +1,41 @@
-"""Perplexity with its error bar, and the paired comparison that makes small differences visible.
+"""Perplexity by the protocol of GPTQ, and differences that carry their uncertainty; ``03-bench``.
 
-The protocol is the GPTQ reference's: non-overlapping windows, the mean cross-entropy over the ``length - 1`` predicted
-positions of each, and ``ppl = exp(mean over windows)``. Chapter ``03-bench``.
+    nll = mean over windows of  mean over t of  -log p(x[t+1] | x[1..t]),      ppl = exp(nll)
+
+Each window is read on its own, from its first token; all have the same length, so this is also the mean over tokens.
+Text differs far more from window to window than two versions of a model do on the same window: compare models by
+:func:`paired`, never by two perplexities and their errors.
 """
 
 import hashlib
 import math
+import statistics
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from lqedu.errors import CalibrationError, LqeduError, UsageError
+from lqedu.errors import CalibrationError, UsageError
+from lqedu.models.modes import inference
+
+_CHUNK = 512  # positions whose log-probabilities are held at once: 100 MB for a vocabulary of 49152
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of a model on windows of text.
+    """What :func:`perplexity` measured.
 
     Attributes:
-        ppl: ``exp(nll)``.
-        nll: mean negative log-likelihood per predicted token, in nats.
-        stderr: standard error of ``nll`` over windows, in nats; NaN for a single window.
-        tokens: tokens in all windows.
-        window_nll: nll of each window, in order.
-        windows_sha256: digest of the token ids, so that only like is compared with like.
+        ppl: exp(nll).
+        nll: mean negative log-likelihood, in nats a token.
+        stderr: standard error of ``nll`` over windows; NaN for a single window.
+        tokens: tokens in all windows; each but a window's first is predicted.
+        window_nll: the mean of each window.
+        windows_sha256: of the token ids; :func:`paired` compares what was measured on the same ones only.
     """
 
     ppl: float
@@ -38,12 +48,12 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Difference of two models on the same windows.
+    """The difference of two models on the same windows.
 
     Attributes:
-        delta_nll: mean of ``a - b`` per window, in nats; positive means that a is worse.
-        stderr: its standard error; far smaller than either model's own, because hard windows are hard for both.
-        windows: how many.
+        delta_nll: ``a.nll - b.nll``, in nats a token; exp of it is the ratio of the perplexities.
+        stderr: standard error of ``delta_nll`` over windows; NaN for a single window.
+        windows: how many there are.
     """
 
     delta_nll: float
@@ -51,59 +61,88 @@ class PairedDifference:
     windows: int
 
 
-@torch.no_grad()
 def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4, progress: bool = False) -> Perplexity:
-    """Perplexity of a causal language model.
+    """Measure a causal language model on windows of tokens.
 
     Args:
-        model: maps int64 ids ``[n, length]`` to ``.logits [n, length, vocabulary]``.
-        windows: int64 ``[n, length]``, as :func:`lqedu.token_windows` returns them.
-        batch_size: windows in one forward pass; memory and speed only.
+        model: anything that maps token ids to ``.logits`` as transformers' models do, dense or quantized. Not changed.
+        windows: token ids, int64 ``[count, length]``, on any device; see :func:`lqedu.token_windows`.
+        batch_size: windows run at once. It sets the memory (``batch_size * length * vocabulary`` logits), not the result.
         progress: show a progress bar on stderr.
 
     Raises:
-        CalibrationError: no windows, or windows too short to predict a token.
-        LqeduError: the model's logits are not finite.
+        UsageError: windows that are no token ids of this model, or a batch size below 1.
+        CalibrationError: a window whose likelihood is not a number.
     """
-    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.dtype != torch.int64:
+    _check(model, windows, batch_size)
+    device = model.get_input_embeddings().weight.device
+    window_nll: list[float] = []
+    with (
+        inference(model),
+        tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress, file=sys.stderr) as bar,
+    ):
+        for batch in windows.split(batch_size):
+            window_nll += _window_nll(model, batch.to(device))
+            bar.update(len(batch))
+    if bad := [index for index, value in enumerate(window_nll) if not math.isfinite(value)]:
         raise CalibrationError(
-            f"evaluation needs int64 windows [n, length] with length at least 2, got {windows.dtype} {list(windows.shape)}"
+            f"the model gives no finite likelihood for {len(bad)} of {len(window_nll)} windows (first: {bad[0]}); "
+            "its weights or activations overflow: try dtype float32, or a gentler quantization"
         )
-    device = next(model.parameters()).device
-    losses: list[float] = []
-    for ids in tqdm(windows.split(batch_size), desc="perplexity", unit="batch", disable=not progress):
-        logits = model(ids.to(device), use_cache=False).logits
-        for row, target in zip(logits, ids.to(device), strict=True):  # a window at a time: float32 logits are large
-            losses.append(float(nn.functional.cross_entropy(row[:-1].float(), target[1:])))
-    if not all(map(math.isfinite, losses)):
-        raise LqeduError(f"{sum(not math.isfinite(x) for x in losses)} of {len(losses)} windows have no finite loss")
-    nll, stderr = _mean(losses)
-    return Perplexity(math.exp(nll), nll, stderr, windows.numel(), tuple(losses), _digest(windows))
+    nll, stderr = _mean_and_error(window_nll)
+    return Perplexity(
+        ppl=math.exp(nll) if nll < 700 else math.inf,
+        nll=nll,
+        stderr=stderr,
+        tokens=windows.numel(),
+        window_nll=tuple(window_nll),
+        windows_sha256=hashlib.sha256(
+            f"{list(windows.shape)}".encode() + windows.cpu().contiguous().numpy().tobytes()
+        ).hexdigest(),
+    )
 
 
 def paired(a: Perplexity, b: Perplexity) -> PairedDifference:
-    """``a - b``, window by window.
+    """How much worse ``a`` is than ``b``, by the differences of each window.
 
     Raises:
         UsageError: the two were measured on different windows.
 
-    >>> a = Perplexity(1.0, 0.0, 0.0, 8, (2.0, 3.0), "x")
-    >>> b = Perplexity(1.0, 0.0, 0.0, 8, (1.5, 2.7), "x")
-    >>> d = paired(a, b); round(d.delta_nll, 3), round(d.stderr, 3)
-    (0.4, 0.1)
+    >>> same = dict(ppl=1.0, stderr=0.1, tokens=4, windows_sha256="")
+    >>> a = Perplexity(nll=3.0, window_nll=(2.0, 4.0), **same)
+    >>> b = Perplexity(nll=2.5, window_nll=(1.75, 3.25), **same)
+    >>> paired(a, b)
+    PairedDifference(delta_nll=0.5, stderr=0.25, windows=2)
     """
     if a.windows_sha256 != b.windows_sha256:
         raise UsageError("the two perplexities were measured on different windows; measure both on the same ones")
-    delta, stderr = _mean([x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)])
+    delta, stderr = _mean_and_error([x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)])
     return PairedDifference(delta, stderr, len(a.window_nll))
 
 
-def _mean(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error, in float64."""
-    x = torch.tensor(values, dtype=torch.float64)
-    stderr = float(x.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return float(x.mean()), stderr
+def _window_nll(model: nn.Module, batch: Tensor) -> list[float]:
+    """Mean negative log-likelihood of each window of ``batch`` [n, length]."""
+    logits = model(batch, use_cache=False).logits  # [n, length, vocabulary], in the model's dtype
+    means = []
+    for scores, ids in zip(logits, batch, strict=True):
+        pairs = zip(scores[:-1].split(_CHUNK), ids[1:].split(_CHUNK), strict=True)
+        losses = [cross_entropy(part.float(), target, reduction="none") for part, target in pairs]
+        means.append(torch.cat(losses).double().mean().item())
+    return means
 
 
-def _digest(windows: Tensor) -> str:
-    return hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def _check(model: nn.Module, windows: Tensor, batch_size: int) -> None:
+    if not isinstance(windows, Tensor) or windows.dtype != torch.int64 or windows.dim() != 2:
+        raise UsageError("windows must be int64 token ids of shape [count, length]; see lqedu.token_windows")
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise UsageError(f"windows of shape {list(windows.shape)} hold nothing to predict; use longer or more windows")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if int(windows.min()) < 0 or int(windows.max()) >= vocabulary:
+        raise UsageError(f"windows hold token ids outside the model's {vocabulary}; use the model's own tokenizer")
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,7 +1,9 @@
-"""Where the linears of a model are, which of them share an input, and what produces that input.
+"""Where the linear layers of a model are, and what feeds them; ``03-bench`` and ``09-invariance``.
 
-Everything a method needs to know about an architecture is one row of a table; adding an architecture is adding a row.
-Chapter ``03-bench`` shows the table for the bench model.
+A decoder block is a chain of *stages*: groups of linear layers that read the same tensor. One Hessian or one activation
+scale serves a stage, and a per-channel scale or a rotation that is applied to its input must be undone in all its layers
+at once. Where something in the block produces that input linearly, it can absorb the other half: that is the stage's
+*source*.
 """
 
 from dataclasses import dataclass
@@ -13,12 +15,18 @@ from lqedu.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears of a block that receive the same input, by names relative to the block.
+    """Linear layers of a block that read one tensor.
 
     Attributes:
-        linears: in the order in which the block runs them.
-        source: the operation whose output channels are the input's channels, so that it can absorb a positive scale per
-            channel: a norm, or the linear before. ``None`` where no single operation does.
+        linears: their names relative to the block, in the order they run.
+        source: name, relative to the block, of the operation that can absorb a positive scale of each channel of that
+            tensor (in its weight's rows or elements, and its bias), or ``None``. It is one of
+
+            - a norm, whose output *is* the tensor;
+            - ``self_attn.v_proj``: attention mixes positions and leaves channels alone. With grouped-query attention the
+              heads of a group read one value head, so a scale of o_proj's inputs must be equal within the group;
+            - ``mlp.up_proj``: the tensor is its output times the gate's;
+            - ``fc1`` of an OPT with ReLU: relu(s * x) = s * relu(x) for s > 0. Scales pass it, rotations do not.
     """
 
     linears: tuple[str, ...]
@@ -27,14 +35,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Dotted names of a model's parts.
+    """The parts of a model by their dotted names.
 
     Attributes:
-        model_type: the ``model_type`` of its config.
+        model_type: as in the configuration.
         blocks: the list of decoder blocks.
-        embeddings: what turns token ids into the first block's input.
-        final_norm, head: what follows the last block.
-        stages: the linears of one block, in the order in which they run.
+        embeddings: what adds up to the first block's input.
+        final_norm: between the last block and the head.
+        head: the output layer; it may share its weight with the embedding.
+        stages: of every block, in the order they run.
     """
 
     model_type: str
@@ -47,57 +56,54 @@ class Anatomy:
 
 _LLAMA_STAGES = (
     Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-    # Attention mixes tokens, not channels: o_proj's inputs are v_proj's outputs (repeated over query heads under GQA).
     Stage(("self_attn.o_proj",), "self_attn.v_proj"),
     Stage(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    Stage(("mlp.down_proj",), "mlp.up_proj"),  # silu(gate) * up is linear in up
+    Stage(("mlp.down_proj",), "mlp.up_proj"),
 )
-
 _OPT_STAGES = (
     Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm"),
     Stage(("self_attn.out_proj",), "self_attn.v_proj"),
     Stage(("fc1",), "final_layer_norm"),
-    Stage(("fc2",), "fc1"),  # relu(s x) = s relu(x) for s > 0
 )
-
-
-def _llama_like(model_type: str) -> Anatomy:
-    return Anatomy(model_type, "model.layers", ("model.embed_tokens",), "model.norm", "lm_head", _LLAMA_STAGES)
-
-
-_KNOWN = {name: _llama_like(name) for name in ("llama", "mistral", "qwen2", "qwen3")} | {
-    "opt": Anatomy(
-        "opt",
-        "model.decoder.layers",
-        ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-        "model.decoder.final_layer_norm",
-        "lm_head",
-        _OPT_STAGES,
-    )
-}
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # Qwen3's norms of q and k sit behind the linears: same stages
+SUPPORTED = (*_LLAMA_LIKE, "opt")
 
 
 def describe(model: nn.Module) -> Anatomy:
-    """The anatomy of a model.
+    """The anatomy of a causal language model of transformers.
 
     Raises:
-        UnsupportedModelError: its architecture is not in the table; the sentence lists those that are.
+        UnsupportedModelError: its type is not described here; the sentence lists those that are.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _KNOWN:
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if model_type in _LLAMA_LIKE:
+        anatomy = Anatomy(model_type, "model.layers", ("model.embed_tokens",), "model.norm", "lm_head", _LLAMA_STAGES)
+    elif model_type == "opt":
+        anatomy = _describe_opt(config)
+    else:
+        raise UnsupportedModelError(f"model type {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    try:
+        for name in (anatomy.blocks, *anatomy.embeddings, anatomy.final_norm, anatomy.head):
+            model.get_submodule(name)
+    except AttributeError as error:
         raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported; supported: {', '.join(sorted(_KNOWN))}"
-        )
-    return _KNOWN[model_type]
+            f"{type(model).__name__} has no {name!r}, which a {model_type} causal language model has; "
+            "load it with lqedu.load_model or AutoModelForCausalLM"
+        ) from error
+    return anatomy
 
 
 def block_list(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks."""
+    """The decoder blocks, in order (UnsupportedModelError as in :func:`describe`)."""
     return model.get_submodule(describe(model).blocks)
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of all blocks by their full names, in the order in which they run."""
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of all decoder blocks by dotted name, in the order they run; not the head.
+
+    In a quantized model these are the layers that took their place (UnsupportedModelError as in :func:`describe`).
+    """
     anatomy = describe(model)
     return {
         f"{anatomy.blocks}.{index}.{name}": block.get_submodule(name)
@@ -105,3 +111,19 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
         for stage in anatomy.stages
         for name in stage.linears
     }
+
+
+def _describe_opt(config: object) -> Anatomy:
+    if not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
+        # Its norms sit on the residual stream and can absorb nothing, and projections surround the blocks.
+        raise UnsupportedModelError("OPT with norms behind its layers (opt-350m) is not supported; use another size")
+    stages = (*_OPT_STAGES, Stage(("fc2",), "fc1" if config.activation_function == "relu" else None))
+    decoder = "model.decoder"
+    return Anatomy(
+        model_type="opt",
+        blocks=f"{decoder}.layers",
+        embeddings=(f"{decoder}.embed_tokens", f"{decoder}.embed_positions"),
+        final_norm=f"{decoder}.final_layer_norm",
+        head="lm_head",
+        stages=stages,
+    )

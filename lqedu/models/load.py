@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,8 @@ def load_model(
         device: where the model goes.
 
     Returns:
-        ``(model, tokenizer)``; the model is in evaluation mode, and dense unless its folder is one of ours.
+        ``(model, tokenizer)``; the model is in evaluation mode, dense unless its folder is one of ours, and keeps the
+        tokenizer as ``model.lqedu_tokenizer`` for :func:`lqedu.save`.
 
     Raises:
         UsageError: no such model, an incomplete folder, or a dtype that is not floating point.
@@ -66,6 +68,7 @@ def load_model(
         raise UsageError(f"no model folder at {name!r}; pass {EMBEDDED!r}, a Hub id such as 'org/name', or a folder")
     else:
         model, tokenizer = _load_dense(name, dtype)  # downloads take long: their progress bars stay
+    model.lqedu_tokenizer = tokenizer  # travels with the model through quantize, so that save can write both
     return model.to(device).eval(), tokenizer
 
 
@@ -87,13 +90,11 @@ def _embedded_folder() -> Path:
     Parsing and dequantizing the GGUF takes half a minute on two cores, most of it spent on its vocabulary; reading the
     same float32 weights from safetensors takes a second. Tests assert that the bits are the same.
     """
-    return cached_folder(f"{EMBEDDED}-dense-{SMOLLM2[1][:12]}", lambda folder: _convert_gguf(smollm2_gguf(), folder))
+    return cached_folder(f"{EMBEDDED}-{SMOLLM2[1][:12]}-fp32", lambda folder: _convert_gguf(smollm2_gguf(), folder))
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the dense float32 model in ``gguf`` and its tokenizer to ``folder``."""
-    import sys
-
     try:
         import accelerate  # noqa: F401  (transformers needs both to read GGUF)
         import gguf as _  # noqa: F401

@@ -70,6 +70,7 @@ def gptq(
     True
     """
     check_problem(weight, hessian, damping)
+    grid.scale_shape(tuple(weight.shape))  # refuses a group size that does not divide
     group = grid.columns_per_scale(weight.shape[1])
     check_schedule(grid, block_size, order)
 

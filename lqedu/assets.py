@@ -105,7 +105,6 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
         try:
             build(temporary)
             _write_manifest(temporary)
-            temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
             _publish(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "smollm2-135m"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_model(
@@ -55,6 +55,7 @@ def load_model(
     if name == EMBEDDED:
         with _no_progress_bars():
             model, tokenizer = _load_dense(str(_embedded_folder()), dtype)
+        model.name_or_path = model.config.name_or_path = EMBEDDED  # rather than a folder of this machine
     elif (Path(name) / "lqedu.json").is_file():
         from lqedu.checkpoint import load  # here, because checkpoints know models and not the other way round
 
@@ -65,7 +66,7 @@ def load_model(
         with _no_progress_bars():
             model, tokenizer = _load_dense(name, dtype)
     elif Path(name).exists() or not _HUB_ID.fullmatch(name):
-        raise UsageError(f"no model folder at {name!r}; pass {EMBEDDED!r}, a Hub id such as 'org/name', or a folder")
+        raise UsageError(f"no model {name!r}; pass {EMBEDDED!r}, a Hub id such as 'org/name', or a folder")
     else:
         model, tokenizer = _load_dense(name, dtype)  # downloads take long: their progress bars stay
     model.lqedu_tokenizer = tokenizer  # travels with the model through quantize, so that save can write both
@@ -133,12 +134,13 @@ def _load_dense(source: str, dtype: torch.dtype) -> tuple[nn.Module, "PreTrained
     try:
         with _explained(source, "safetensors weights"):
             model, loading = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-            )
+                source, config=config, dtype=dtype, use_safetensors=True,
+                output_loading_info=True, ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
     except SafetensorError as error:
         raise CheckpointError(f"the weights of {source} are damaged ({error}); fetch them again") from error
-    # transformers fills what it does not find with random numbers and only warns.
-    if wrong := sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]])):
+    # transformers fills what it does not find, or finds in another shape, with random numbers and only warns.
+    if wrong := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
         raise CheckpointError(
             f"the weights of {source} lack or misshape {len(wrong)} tensors of its configuration "
             f"(first: {wrong[0]}); fetch the model again"

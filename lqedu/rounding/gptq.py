@@ -85,7 +85,7 @@ def gptq(
     u = inverse_factor(h[columns][:, columns]).to(w.dtype)
     group_of = (columns // group).tolist()
     codes = _sweep(w[:, columns], u, grid, scale, zero, group_of, block_size=block_size, static=static)
-    codes = codes[:, columns.argsort()]
+    codes = codes[:, columns.argsort()].contiguous()
 
     quantized = QTensor(codes, scale, zero, grid)
     report = RoundingReport(
@@ -117,29 +117,32 @@ def _sweep(
 ) -> Tensor:
     """Round the columns of ``w [out, in]`` in order; column i uses the scale of group ``group_of[i]``.
 
-    ``w`` and ``u [in, in]`` are in processing order. Dynamic groups fill ``scale`` and ``zero`` as they begin. ``w`` is
-    overwritten with the compensated weights; returns the codes ``[out, in]``.
+    ``w`` and ``u [in, in]`` are in processing order. Dynamic groups fill ``scale`` and ``zero`` as they begin. Returns
+    the codes ``[out, in]``.
     """
-    codes = torch.empty(w.shape, dtype=grid.code_dtype, device=w.device)
+    wt = w.T.contiguous()  # [in, out]: what is rounded next lies together in memory
+    codes = torch.empty(wt.shape, dtype=grid.code_dtype, device=w.device)
+    errors = torch.empty(min(block_size, len(wt)), w.shape[0], dtype=w.dtype, device=w.device)  # [block, out]
     column = replace(grid, granularity="channel", group_size=None)  # one column sees one scale per row
     size = grid.columns_per_scale(w.shape[1])
-    for start in range(0, w.shape[1], block_size):
-        end = min(start + block_size, w.shape[1])
-        errors = torch.empty(w.shape[0], end - start, dtype=w.dtype, device=w.device)  # [out, block]
+    diagonal = u.diagonal().tolist()
+    for start in range(0, len(wt), block_size):
+        end = min(start + block_size, len(wt))
         for i in range(start, end):
             k = group_of[i]
             if not static and i % size == 0:
-                s, z = column.fit(w[:, i : i + size])  # these columns already carry every error before i
+                s, z = column.fit(wt[i : i + size].T)  # these columns already carry every error before i
                 scale[:, k : k + 1] = s
                 if zero is not None:
                     zero[:, k : k + 1] = z
             s, z = scale[:, k : k + 1], None if zero is None else zero[:, k : k + 1]  # [out, 1]
-            q = column.encode(w[:, i : i + 1], s, z)  # [out, 1]
-            err = (w[:, i : i + 1] - column.decode(q, s, z, w.dtype)) / u[i, i]  # [out, 1]
-            w[:, i:end] -= err * u[i, i:end]  # spread over the block now ...
-            codes[:, i : i + 1], errors[:, i - start : i - start + 1] = q, err
-        w[:, end:] -= errors @ u[start:end, end:]  # ... and over the rest of the matrix once per block
-    return codes
+            w_i = wt[i].unsqueeze(1)  # [out, 1]
+            q = column.encode(w_i, s, z)
+            err = ((w_i - column.decode(q, s, z, w.dtype)) / diagonal[i]).squeeze(1)  # [out]
+            codes[i], errors[i - start] = q.squeeze(1), err
+            wt[i:end].addr_(u[i, i:end], err, alpha=-1)  # spread it over the block now ...
+        wt[end:] -= u[start:end, end:].T @ errors[: end - start]  # ... and over the rest of the matrix once per block
+    return codes.T
 
 
 def _empty_grid(grid: IntGrid, w: Tensor) -> tuple[Tensor, Tensor | None]:

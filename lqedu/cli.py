@@ -8,12 +8,11 @@ import json
 import platform
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from lqedu import __version__
@@ -193,7 +192,7 @@ def list_methods(json_: JsonOpt = False) -> None:
             "quantizes": list(cls.quantizes),
             "needs_calibration": cls.needs_calibration,
             "chapter": cls.chapter,
-            "options": {key: field.default for key, field in cls.__dataclass_fields__.items()},
+            "options": {field.name: field.default for field in fields(cls)},
         }
         for cls in available().values()
     ]
@@ -237,10 +236,11 @@ def main() -> None:
     """Entry point of the ``lqedu`` command."""
     try:
         status = app(standalone_mode=False)
-    except (click.ClickException, LqeduError) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        sys.exit(_fail(message))
-    except (KeyboardInterrupt, click.Abort):
+    except LqeduError as error:
+        sys.exit(_fail(str(error)))
+    except typer.TyperException as error:  # a misspelt command or option; its own text says which
+        sys.exit(_fail(error.format_message() if hasattr(error, "format_message") else str(error)))
+    except (KeyboardInterrupt, typer.Abort):
         print("lqedu: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
     sys.exit(status or 0)
@@ -256,7 +256,7 @@ def _build(name: str, model: Any, bits: int, group_size: str, options: dict[str,
     from lqedu.methods.base import build, get
     from lqedu.methods.pipeline import auto_group_size
 
-    has = get(name).__dataclass_fields__
+    has = {field.name for field in fields(get(name))}
     given: dict[str, Any] = {"bits": bits} if "bits" in has else {}
     if "group_size" in has and "group_size" not in options:
         if group_size == "auto":

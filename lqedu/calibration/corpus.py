@@ -98,9 +98,10 @@ def token_windows(
     ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
     available = len(ids) // length
     if available < count:
-        remedy = f"use count <= {available}, a shorter length or a longer text" if available else "use a longer text"
+        fewer = f"count <= {available}, " if available else ""
         raise CalibrationError(
-            f"the text has {len(ids)} tokens, enough for {available} windows of {length}, not {count}; {remedy}"
+            f"the text has {len(ids)} tokens, enough for {available} windows of {length}, not {count}; "
+            f"use {fewer}a shorter length or a longer text"
         )
     windows = ids[: available * length].view(available, length)
     if seed is None:

@@ -52,6 +52,8 @@ def load_model(
     device = _check_device(device)
     if dtype not in _DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+    if not name:  # Path("") would be the folder this process runs in
+        raise UsageError(_meaningless(name))
     if name == EMBEDDED:
         with _no_progress_bars():
             model, tokenizer = _load_dense(str(_embedded_folder()), dtype)
@@ -66,7 +68,7 @@ def load_model(
         with _no_progress_bars():
             model, tokenizer = _load_dense(name, dtype)
     elif Path(name).exists() or not _HUB_ID.fullmatch(name):
-        raise UsageError(f"no model {name!r}; pass {EMBEDDED!r}, a Hub id such as 'org/name', or a folder")
+        raise UsageError(_meaningless(name))
     else:
         model, tokenizer = _load_dense(name, dtype)  # downloads take long: their progress bars stay
     model.lqedu_tokenizer = tokenizer  # travels with the model through quantize, so that save can write both
@@ -125,6 +127,8 @@ def _load_dense(source: str, dtype: torch.dtype) -> tuple[nn.Module, "PreTrained
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UsageError(f"{source} has no config.json, so it is no model folder; pass one that save_pretrained wrote")
     options: dict[str, Any] = {"trust_remote_code": False}
     with _explained(source, "config.json"):
         config = AutoConfig.from_pretrained(source, **options)
@@ -145,7 +149,7 @@ def _load_dense(source: str, dtype: torch.dtype) -> tuple[nn.Module, "PreTrained
             f"the weights of {source} lack or misshape {len(wrong)} tensors of its configuration "
             f"(first: {wrong[0]}); fetch the model again"
         )
-    with _explained(source, "a tokenizer"):
+    with _explained(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     return model, tokenizer
 
@@ -171,11 +175,15 @@ def _explained(source: str, part: str) -> Iterator[None]:
                 f"cannot reach the Hub for {source!r} and its files are not in the local cache; "
                 f"go online, or pass {EMBEDDED!r} or a local folder"
             ) from error
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) or part == "tokenizer":
             raise UsageError(f"{source} has no {part} that can be read ({_first_line(error)})") from error
         raise UnsupportedModelError(
             f"{source} is not a causal language model that transformers knows by itself ({_first_line(error)})"
         ) from error
+
+
+def _meaningless(name: str) -> str:
+    return f"no model {name!r}; pass {EMBEDDED!r}, a Hub id such as 'org/name', or a folder"
 
 
 def _no_model(source: str) -> str:
@@ -196,7 +204,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _check_device(device: str | torch.device) -> torch.device:

@@ -1,0 +1,256 @@
+"""The measurements behind the book's recorded tables: ``python -m lqedu.book.measure NAME --device cuda --out FILE``.
+
+Each function returns what was configured and the rows that were measured; ``lqedu.book.results.write_result`` adds the
+provenance. Timings are raw samples of a synchronized clock after a warm-up, never an assertion.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import lqedu
+from lqedu.book.results import write_result
+from lqedu.evaluation.perplexity import Perplexity
+from lqedu.methods import GPTQ, RTN, Method
+from lqedu.models import weights_sha256
+from lqedu.runtime import quantized_linears
+
+CALIBRATION = {"corpus": "sotu", "split": "calibration", "windows": 32, "length": 512, "seed": 0}
+EVALUATION = {"corpus": "sotu", "split": "evaluation", "windows": 256, "length": 512}
+
+Measurement = tuple[dict[str, Any], list[dict[str, Any]]]  # configuration, rows
+
+
+def weight_only(device: str) -> Measurement:
+    """Chapters 02 and 04: RTN and GPTQ at 8, 4, 3 and 2 bits; the orders, the calibration sizes, the damping."""
+    bench = _Bench(device)
+    rows = [bench.row(None)]
+    for bits in (8, 4, 3, 2):
+        for group_size in (64, None):
+            rows.append(bench.row(RTN(bits=bits, group_size=group_size)))
+    rows.append(bench.row(RTN(bits=4, group_size=None, symmetric=True)))
+    for bits in (4, 3):
+        rows.append(bench.row(RTN(bits=bits, group_size=64, search="mse")))
+    for bits in (4, 3, 2):
+        for group_size in (64, None):
+            for order in ("natural", "activation"):
+                rows.append(bench.row(GPTQ(bits=bits, group_size=group_size, order=order)))
+    study = {"bits": 3, "group_size": 64, "order": "activation"}
+    rows.append(bench.row(GPTQ(**study, true_sequential=False)))
+    rows.append(bench.row(GPTQ(**study, search="mse")))
+    for damping in (0.0001, 0.1, 1.0):
+        rows.append(bench.row(GPTQ(**study, damping=damping)))
+    for windows in (1, 4, 16, 128):
+        rows.append(bench.row(GPTQ(**study), windows=windows))
+    return bench.configuration(), _with_recovery(rows)
+
+
+def bench_noise(device: str) -> Measurement:
+    """Chapter 03: the loss of every evaluation window, for the dense model and three roundings of it."""
+    bench = _Bench(device)
+    rows = [{"name": "fp32", **_quality(bench.dense, bench.dense)}]
+    for bits in (8, 4, 3):
+        result = bench.evaluate(RTN(bits=bits, group_size=64), CALIBRATION["windows"])[0]
+        rows.append({"name": f"rtn-w{bits}-g64", **_quality(result, bench.dense)})
+    return bench.configuration(), rows
+
+
+def gptq_layer(device: str) -> Measurement:
+    """Chapter 04: one 11008 x 4096 layer, part by part, and the floor: a Cholesky and as many matmul operations."""
+    from lqedu.formats import IntGrid
+    from lqedu.linalg import HessianAccumulator, damp, inverse_factor
+    from lqedu.rounding import gptq
+
+    rows_out, columns, tokens = 11008, 4096, 128 * 2048
+    generator = torch.Generator(device).manual_seed(0)
+    weight = 0.02 * torch.randn(rows_out, columns, device=device, generator=generator)
+    mixing = torch.randn(columns, columns, device=device, generator=generator) / columns**0.5
+    batches = [
+        (torch.randn(2048, columns, device=device, generator=generator) @ mixing).half() for _ in range(tokens // 2048)
+    ]
+    grid = IntGrid(4, granularity="group", group_size=128)
+
+    def build() -> torch.Tensor:
+        accumulator = HessianAccumulator(columns)
+        for x in batches:
+            accumulator.add(x)
+        return accumulator.result()
+
+    hessian = build()
+    other = torch.randn(columns, columns // 2, device=device, generator=generator)
+    parts: dict[str, Callable[[], Any]] = {
+        "hessian": build,
+        "factor": lambda: inverse_factor(damp(hessian, 0.01)),
+        "gptq": lambda: gptq(weight, hessian, grid),
+        "floor_cholesky_fp32": lambda: torch.linalg.cholesky(damp(hessian, 0.01)),
+        # 2 * rows * columns * columns / 2 flops: as many as the sweep's updates
+        "floor_matmul_fp32": lambda: weight @ other,
+        "floor_hessian_fp16_inputs": lambda: [x.T @ x for x in batches],
+    }
+    rows = [{"name": name, **_timed(part, device)} for name, part in parts.items()]
+    configuration = {
+        "weight": [rows_out, columns],
+        "calibration_tokens": tokens,
+        "input_dtype": "float16",
+        "grid": grid.to_dict(),
+        "block_size": 128,
+        "sweep_flops": rows_out * columns**2,
+        "hessian_flops": 2 * tokens * columns**2,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+    return configuration, rows
+
+
+def ceilings(device: str) -> Measurement:
+    """Chapter 01: what this GPU reaches on a large copy and on large matrix products, the book's measured roof."""
+    n = 8192
+    generator = torch.Generator(device).manual_seed(0)
+    source = torch.randint(0, 100, (2**32 // 4,), device=device, dtype=torch.int32, generator=generator)  # 4 GiB
+    target = torch.empty_like(source)
+    a = torch.randn(n, n, device=device, generator=generator)
+    half, eight = a.half(), (30 * a).clamp(-127, 127).to(torch.int8)
+    fp8, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
+    operations = 2 * n**3
+    cases: dict[str, tuple[Callable[[], Any], float, str]] = {
+        "copy_read_write": (lambda: target.copy_(source), 2 * source.nbytes / 1e12, "TB/s"),
+        "fp16_matmul_8192": (lambda: half @ half, operations / 1e12, "TFLOP/s"),
+        "int8_matmul_8192": (lambda: torch._int_mm(eight, eight.T), operations / 1e12, "TOP/s"),
+        "fp8_matmul_8192": (
+            lambda: torch._scaled_mm(fp8, fp8.T, scale_a=one, scale_b=one, out_dtype=torch.float16),
+            operations / 1e12,
+            "TFLOP/s",
+        ),
+    }
+    rows = []
+    for name, (call, work, unit) in cases.items():
+        timing = _timed(call, device, repeats=20)
+        rows.append({"name": name, "value": work / timing["seconds"], "value_unit": unit, **timing})
+    return {"matrix": n, "copy_bytes": source.nbytes}, rows
+
+
+class _Bench:
+    """The dense model, both texts, and the dense perplexity that every row is paired with."""
+
+    def __init__(self, device: str) -> None:
+        self.model, self.tokenizer = lqedu.load_model("smollm2-135m", device=device)
+        self.digest = weights_sha256(self.model)
+        text = lqedu.load_corpus(EVALUATION["corpus"], split="evaluation")
+        self.windows = lqedu.token_windows(
+            self.tokenizer, text, length=EVALUATION["length"], count=EVALUATION["windows"]
+        )
+        self.text = lqedu.load_corpus(CALIBRATION["corpus"], split="calibration")
+        self.dense = lqedu.perplexity(self.model, self.windows, batch_size=8)
+
+    def configuration(self) -> dict[str, Any]:
+        return {
+            "model": "smollm2-135m",
+            "weights_sha256": self.digest,
+            "calibration": CALIBRATION,
+            "evaluation": EVALUATION | {"windows_sha256": self.dense.windows_sha256},
+        }
+
+    def evaluate(self, method: Method, windows: int) -> tuple[Perplexity, Any, float]:
+        calibration = lqedu.token_windows(
+            self.tokenizer, self.text, length=CALIBRATION["length"], count=windows, seed=CALIBRATION["seed"]
+        )
+        began = time.perf_counter()
+        quantized = lqedu.quantize(self.model, method, calibration)
+        seconds = time.perf_counter() - began
+        return lqedu.perplexity(quantized, self.windows, batch_size=8), quantized, seconds
+
+    def row(self, method: Method | None, *, windows: int = CALIBRATION["windows"]) -> dict[str, Any]:
+        """One row of a quality table; ``None`` is the dense model."""
+        if method is None:
+            return {"method": "dense", "bits_per_weight": 32.0, **_quality(self.dense, self.dense)}
+        result, quantized, seconds = self.evaluate(method, windows)
+        layers = quantized_linears(quantized).values()
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        row = {
+            "method": method.name,
+            **method.options(),
+            "calibration_windows": windows if method.needs_calibration else 0,
+            "bits_per_weight": 8 * sum(layer.nbytes for layer in layers) / weights,
+            **_quality(result, self.dense),
+            "proxy_loss": _total([report.proxy_loss for report in quantized.lqedu_reports.values()]),
+            "max_attempts": max(report.attempts for report in quantized.lqedu_reports.values()),
+            "quantize_seconds": seconds,
+        }
+        print(f"{method} windows={windows}: ppl {row['ppl']:.3f} in {seconds:.1f} s", flush=True)
+        return row
+
+
+def _total(values: list[float | None]) -> float | None:
+    return None if None in values else sum(values)
+
+
+def _quality(result: Perplexity, dense: Perplexity) -> dict[str, Any]:
+    """Perplexity and its paired distance from the dense model; the samples are the loss of every window."""
+    from lqedu.evaluation import paired
+
+    difference = paired(result, dense)
+    return {
+        "ppl": result.ppl,
+        "nll": result.nll,
+        "stderr": result.stderr,
+        "delta_nll": difference.delta_nll,
+        "delta_stderr": difference.stderr,
+        "samples": [round(loss, 6) for loss in result.window_nll],
+        "unit": "nats per token, by window",
+    }
+
+
+def _with_recovery(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add ``recovered``: the share of the NLL that plain RTN loses on the same grid that a row wins back."""
+    lost = {
+        (row["bits"], row["group_size"]): row["delta_nll"]
+        for row in rows
+        if row["method"] == "rtn" and row["search"] == "none" and not row["symmetric"]
+    }
+    return [
+        row | {"recovered": 1 - row["delta_nll"] / lost[row["bits"], row["group_size"]]} if "bits" in row else row
+        for row in rows
+    ]
+
+
+def _timed(call: Callable[[], Any], device: str, *, repeats: int = 7) -> dict[str, Any]:
+    """Median seconds of a call and its raw samples; one warm-up call is left out."""
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    samples = []
+    for _ in range(repeats + 1):
+        synchronize()
+        began = time.perf_counter()
+        call()
+        synchronize()
+        samples.append(time.perf_counter() - began)
+    samples = samples[1:]
+    return {"seconds": median(samples), "samples": samples, "unit": "s"}
+
+
+MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
+    "weight-only": weight_only,
+    "bench-noise": bench_noise,
+    "gptq-layer": gptq_layer,
+    "ceilings": ceilings,
+}
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=", ".join(MEASUREMENTS))],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Run one measurement and write it with its provenance."""
+    if name not in MEASUREMENTS:
+        raise typer.BadParameter(f"unknown measurement {name!r}; choose one of {', '.join(MEASUREMENTS)}")
+    configuration, rows = MEASUREMENTS[name](device)
+    title = " ".join((MEASUREMENTS[name].__doc__ or "").split(": ", 1)[1].split()).rstrip(".")
+    write_result(out, title=title, kind="measured", configuration=configuration | {"device": device}, values=rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

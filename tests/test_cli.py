@@ -1,0 +1,170 @@
+"""The command line: exit status 2 and one sentence for whatever is wrong; JSON that parses; the same numbers as Python."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lqedu
+from lqedu import cli
+from tests.models_tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte-sized word tokenizer, as a folder in the Hub's layout."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    words = Tokenizer(WordLevel({"<unk>": 0} | {f"w{i}": i for i in range(1, 128)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tiny_model(blocks=2).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ids = torch.randint(1, 128, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"w{i}" for i in ids))
+    return path
+
+
+def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Run the command in this process: (exit status, stdout, stderr)."""
+    old = sys.argv
+    sys.argv = ["lqedu", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = old
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def quantize_arguments(folder: Path, text: Path, out: Path, *more: object) -> list[object]:
+    return ["quantize", folder, "--method", "gptq", "--bits", 3, "--calibration", text, "--windows", 4, "--length", 32,
+            "--out", out, *more]  # fmt: skip
+
+
+def test_quantize_eval_round_trip(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    status, stdout, _ = run(*quantize_arguments(tiny_folder, text_file, out, "--json"), capsys=capsys)
+    assert status == 0
+    summary = json.loads(stdout)
+    assert summary["method"]["options"]["group_size"] == 32  # auto: the largest of 128, 64, 32 that divides 64 and 96
+    assert summary["bits_per_weight"] == pytest.approx(3 + 16 / 32 + 8 / 64, abs=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # nothing unfinished is left
+
+    model, tokenizer = lqedu.load_model(tiny_folder)
+    windows = lqedu.token_windows(tokenizer, text_file.read_text(), length=32, count=4, seed=0)
+    quantized = lqedu.quantize(model, lqedu.methods.GPTQ(bits=3, group_size=32), windows)
+    evaluation = lqedu.token_windows(tokenizer, text_file.read_text(), length=32, count=8)
+    want = lqedu.perplexity(quantized, evaluation)
+    status, stdout, _ = run(
+        "eval", out, "--corpus", text_file, "--length", 32, "--tokens", 256, "--json", capsys=capsys
+    )
+    assert status == 0
+    assert json.loads(stdout)["ppl"] == want.ppl  # to the last bit
+
+
+def test_compare_and_methods(tiny_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--calibration", text_file, "--corpus", text_file, "--windows", 4, "--length", 32, "--tokens", 256]
+    status, stdout, _ = run("compare", tiny_folder, "--methods", "rtn,gptq", *options, "--json", capsys=capsys)
+    assert status == 0
+    rows = json.loads(stdout)["rows"]
+    assert [row["method"] for row in rows] == ["dense", "rtn", "gptq"]
+    assert rows[1]["bits_per_weight"] == rows[2]["bits_per_weight"]
+    status, stdout, _ = run("compare", tiny_folder, "--methods", "rtn", *options, capsys=capsys)
+    assert status == 0
+    assert "bits per weight" in stdout
+
+    status, stdout, _ = run("methods", "--json", capsys=capsys)
+    assert status == 0
+    assert {row["name"] for row in json.loads(stdout)["methods"]} == set(lqedu.methods.available())
+    assert run("methods", capsys=capsys)[0] == 0
+    status, stdout, _ = run("doctor", "--json", capsys=capsys)
+    assert status == 0
+    assert json.loads(stdout)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["quantize", "MODEL", "--method", "magic", "--out", "OUT"], "unknown method 'magic'"),
+        (["quantize", "no-such-model", "--method", "rtn", "--out", "OUT"], "no-such-model"),
+        (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--bits", "1"], "2 to 8 bits"),
+        (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--group-size", "48"], "does not divide"),
+        (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--group-size", "many"], "--group-size"),
+        (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "sped=1"], "no option 'sped'"),
+        (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "bits=four"], "must be int"),
+        (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "bits"], "field=value"),
+        (["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--set", "order=up"], "order is"),
+        (["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--calibration", "EMPTY"], "no text"),
+        (["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--calibration", "TEXT", "--windows", "9000"], "9000"),
+        (["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--calibration", "nothing.txt"], "nothing.txt"),
+        (["quantize", "MODEL", "--method", "rtn", "--out", "MODEL"], "exists already"),
+        (["quantize", "MODEL", "--method", "rtn"], "--out"),
+        (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--speed", "9"], "--speed"),
+        (["eval", "MODEL", "--corpus", "TEXT", "--tokens", "16", "--length", "32"], "less than one window"),
+        (["eval", "EMPTYDIR"], "config"),
+        (["compare", "MODEL", "--methods", ","], "no method"),
+        (["fly"], "fly"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str], match: str, tiny_folder: Path, text_file: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "emptydir").mkdir()
+    stand_ins = {"MODEL": tiny_folder, "TEXT": text_file, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.txt",
+                 "EMPTYDIR": tmp_path / "emptydir"}  # fmt: skip
+    status, stdout, stderr = run(*[stand_ins.get(a, a) for a in arguments], capsys=capsys)
+    message = [line for line in stderr.splitlines() if line.startswith("lqedu: ")]
+    assert status == 2
+    assert stdout == ""
+    assert len(message) == 1
+    assert match in message[0]
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_and_started_again_ends_with_identical_bytes(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """A real process, a real SIGKILL as soon as the first block is on disk, and the same command again."""
+    deep = tmp_path / "deep"
+    model, tokenizer = lqedu.load_model(tiny_folder)
+    tiny_model(blocks=12).save_pretrained(deep)
+    tokenizer.save_pretrained(deep)
+
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "lqedu", *map(str, quantize_arguments(deep, text_file, tmp_path / name))]
+
+    environment = os.environ | {"PYTHONPATH": str(Path(lqedu.__file__).parents[1])}
+    subprocess.run(command("whole"), check=True, env=environment, capture_output=True)
+    killed = subprocess.Popen(command("again"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    unfinished = tmp_path / "again.unfinished"
+    while not list(unfinished.glob("block-*.safetensors")) and killed.poll() is None:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "again").exists()
+    assert 1 <= len(list(unfinished.glob("block-*.safetensors"))) < 12
+    subprocess.run(command("again"), check=True, env=environment, capture_output=True)
+    for path in sorted((tmp_path / "whole").iterdir()):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    assert not unfinished.exists()

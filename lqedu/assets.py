@@ -179,7 +179,7 @@ def _wanted(name: str, members: tuple[str, ...]) -> bool:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    """Let pip put the wheel of ``requirement`` into ``folder``: no dependencies, and no source builds, which run code."""
+    """Let pip put the wheel of ``requirement`` into ``folder``; no dependencies, no source builds (they run code)."""
     command = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
     environment = _pip_environment(folder / "pip")
     result = subprocess.run(

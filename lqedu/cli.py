@@ -208,7 +208,7 @@ def doctor(json_: JsonOpt = False) -> None:
     """What this machine has: versions, a GPU, Triton, and whether the embedded model is in the cache."""
     import torch
 
-    from lqedu.assets import cache_dir
+    from lqedu.assets import cache_folder
 
     def installed(package: str) -> str:
         try:
@@ -223,7 +223,7 @@ def doctor(json_: JsonOpt = False) -> None:
         **{package: installed(package) for package in ("torch", "transformers", "triton", "safetensors", "numpy")},
         "gpu": gpu,
         "threads": torch.get_num_threads(),
-        "cache": str(cache_dir()),
+        "cache": str(cache_folder()),
         "free disk": f"{shutil.disk_usage(Path.home()).free / 1e9:.0f} GB",
     }
     if json_:

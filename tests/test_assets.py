@@ -90,13 +90,13 @@ def test_damaged_files_are_fetched_again(index, cache, damage):
 
 
 def test_other_bytes_are_not_unpacked(index, cache):
-    with pytest.raises(MissingDependencyError, match=f"has sha256 {index[1]} instead of {'0' * 64}, so nothing was unp"):
+    with pytest.raises(MissingDependencyError, match=f"sha256 {index[1]} instead of {'0' * 64}, so nothing"):
         fetch_wheel(index[0], "0" * 64, *MEMBERS)
     assert not list(cache.iterdir())
 
 
 def test_no_network_names_the_remedy(index, cache):
-    with pytest.raises(MissingDependencyError, match="pip could not download lqedu-test-data==2.0 .*; connect to a"):
+    with pytest.raises(MissingDependencyError, match=r"pip could not download lqedu-test-data==2.0 .*; connect to a"):
         fetch_wheel("lqedu-test-data==2.0", "0" * 64, *MEMBERS)
     assert not list(cache.iterdir())
 
@@ -128,7 +128,7 @@ def test_a_failed_build_leaves_nothing(cache, failure):
 def test_an_unwritable_cache_names_the_variable(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LQEDU_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(MissingDependencyError, match="cannot write the cache folder .*; free disk space, or set LQEDU_CACHE"):
+    with pytest.raises(MissingDependencyError, match=r"cannot write the cache folder .*set LQEDU_CACHE"):
         cached_folder("thing", lambda folder: None)
 
 
@@ -177,7 +177,7 @@ def test_a_python_without_pip_gets_one(index, tmp_path, monkeypatch):
 
 def test_neither_pip_nor_ensurepip(index, monkeypatch):
     monkeypatch.setattr(assets, "_runs", lambda *args: False)
-    with pytest.raises(MissingDependencyError, match="has neither pip nor ensurepip, .*; install pip"):
+    with pytest.raises(MissingDependencyError, match=r"has neither pip nor ensurepip, .*; install pip"):
         fetch_wheel(*index, *MEMBERS)
 
 

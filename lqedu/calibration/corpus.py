@@ -138,11 +138,13 @@ def _wikitext2(split: str) -> str:
     if placed.is_file():
         raw = placed.read_bytes()
     else:
-        with zipfile.ZipFile(_from_hub("wikitext2", *_WIKITEXT2_ZIP, hint=f" or put {name} into {placed.parent}")) as archive:
+        path = _from_hub("wikitext2", *_WIKITEXT2_ZIP, hint=f" or put {name} into {placed.parent}")
+        with zipfile.ZipFile(path) as archive:
             raw = archive.read(next(member for member in archive.namelist() if member.endswith(name)))
     expected = _WIKITEXT2_SHA256.get(name)
     if expected and hashlib.sha256(raw).hexdigest() != expected:
-        raise UsageError(f"{placed if placed.is_file() else name} is not the WikiText-2 file of that name; fetch it again")
+        where = placed if placed.is_file() else "the Hub's copy"
+        raise UsageError(f"{where} is not the WikiText-2 file {name}; fetch it again")
     return join_rows(raw.decode("utf-8"))
 
 

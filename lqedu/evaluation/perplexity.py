@@ -67,7 +67,7 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4, progre
     Args:
         model: anything that maps token ids to ``.logits`` as transformers' models do, dense or quantized. Not changed.
         windows: token ids, int64 ``[count, length]``, on any device; see :func:`lqedu.token_windows`.
-        batch_size: windows run at once. It sets the memory (``batch_size * length * vocabulary`` logits), not the result.
+        batch_size: windows run at once; sets the memory (``batch_size * length * vocabulary`` logits), not the result.
         progress: show a progress bar on stderr.
 
     Raises:

@@ -1,9 +1,9 @@
 """Where the linear layers of a model are, and what feeds them; ``03-bench`` and ``09-invariance``.
 
-A decoder block is a chain of *stages*: groups of linear layers that read the same tensor. One Hessian or one activation
-scale serves a stage, and a per-channel scale or a rotation that is applied to its input must be undone in all its layers
-at once. Where something in the block produces that input linearly, it can absorb the other half: that is the stage's
-*source*.
+A decoder block is a chain of *stages*: groups of linear layers that read the same tensor. One Hessian or one
+activation scale serves a stage, and a per-channel scale or a rotation that is applied to its input must be undone in all
+its layers at once. Where something in the block produces that input linearly, it can absorb the other half: that is the
+stage's *source*.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Stage:
             tensor (in its weight's rows or elements, and its bias), or ``None``. It is one of
 
             - a norm, whose output *is* the tensor;
-            - ``self_attn.v_proj``: attention mixes positions and leaves channels alone. With grouped-query attention the
-              heads of a group read one value head, so a scale of o_proj's inputs must be equal within the group;
+            - ``self_attn.v_proj``: attention mixes positions and leaves channels alone. With grouped-query attention
+              the heads of a group read one value head, so a scale of o_proj's inputs must be equal within the group;
             - ``mlp.up_proj``: the tensor is its output times the gate's;
             - ``fc1`` of an OPT with ReLU: relu(s * x) = s * relu(x) for s > 0. Scales pass it, rotations do not.
     """

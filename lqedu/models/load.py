@@ -28,8 +28,8 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name_or_path: ``"smollm2-135m"`` (embedded: fetched and converted on first use, about a minute; under two seconds
-            later, offline), the id of a model on the Hugging Face Hub, a local folder in its layout, or a folder that
+        name_or_path: ``"smollm2-135m"`` (embedded: fetched and converted on first use, about a minute; seconds later,
+            offline), the id of a model on the Hugging Face Hub, a local folder in its layout, or a folder that
             :func:`lqedu.save` wrote.
         dtype: of the parameters: float32, float16, bfloat16 or float64. Codes and scales of a quantized model stay as
             they were saved.
@@ -194,7 +194,8 @@ def _reached_hub(causes: list[BaseException]) -> bool:
     """Whether the Hub answered: then a file is missing rather than the network."""
     from huggingface_hub import errors as hub
 
-    return any(isinstance(cause, hub.EntryNotFoundError) and not isinstance(cause, hub.LocalEntryNotFoundError) for cause in causes)
+    answers = [cause for cause in causes if isinstance(cause, hub.EntryNotFoundError)]
+    return any(not isinstance(answer, hub.LocalEntryNotFoundError) for answer in answers)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -213,7 +214,8 @@ def _check_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"unknown device {device!r}; pass 'cpu' or 'cuda'") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MissingDependencyError(f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA GPUs")
+        count = torch.cuda.device_count()
+        raise MissingDependencyError(f"device '{device}' is not there: torch sees {count} CUDA GPUs; pass 'cpu'")
     return device
 
 

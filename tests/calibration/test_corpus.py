@@ -72,7 +72,7 @@ def test_files_that_hold_no_text(tmp_path):
     with pytest.raises(CalibrationError, match="holds no text"):
         load_corpus(path, split="calibration")
     path.write_bytes(b"abc\xff\xfe")
-    with pytest.raises(UsageError, match="not UTF-8 text .* at byte 3"):
+    with pytest.raises(UsageError, match=r"not UTF-8 text .* at byte 3"):
         load_corpus(path, split="calibration")
     with pytest.raises(UsageError, match=r"no corpus and no text file .*sotu, wikitext2, c4"):
         load_corpus(tmp_path, split="calibration")

@@ -16,7 +16,8 @@ def reference_nll(model, windows):
     for window in windows:
         with torch.no_grad():
             probabilities = model(window[None], use_cache=False).logits[0].double().softmax(-1)
-        result.append(sum(-math.log(probabilities[t, window[t + 1]]) for t in range(len(window) - 1)) / (len(window) - 1))
+        losses = [-math.log(probabilities[t, window[t + 1]]) for t in range(len(window) - 1)]
+        result.append(sum(losses) / len(losses))
     return result
 
 

@@ -116,7 +116,7 @@ def test_unknown_type_lists_the_known_ones():
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2))
     for call in (describe, block_list, linears):
-        with pytest.raises(UnsupportedModelError, match="'gpt2'.*llama, mistral, qwen2, qwen3, opt"):
+        with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3, opt"):
             call(model)
     with pytest.raises(UnsupportedModelError, match="'Linear'"):
         describe(nn.Linear(2, 2))

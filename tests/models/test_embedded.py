@@ -26,8 +26,8 @@ def tensors():
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    reader = GGUFReader(assets.smollm2_gguf())
-    return {tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) for tensor in reader.tensors}
+    stored = GGUFReader(assets.smollm2_gguf()).tensors
+    return {tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) for tensor in stored}
 
 
 def test_every_load_gives_the_same_weights(loaded, monkeypatch):
@@ -84,7 +84,8 @@ def test_it_is_a_plain_dense_model(loaded, tmp_path):
 
 def test_tokenizer_round_trip(loaded):
     _, tokenizer = loaded
-    for text in (load_corpus("sotu", split="evaluation"), "  two  spaces,\ttab \u2014 caf\u00e9 \u65e5\u672c \U0001f389\n\n\n"):
+    unusual = "  two  spaces,\ttab \u2014 caf\u00e9 \u65e5\u672c \U0001f389\n\n\n"
+    for text in (load_corpus("sotu", split="evaluation"), unusual):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer("")["input_ids"] == []  # it adds nothing of its own
 

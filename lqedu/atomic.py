@@ -23,7 +23,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,7 +50,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 _flush(file)
         os.rename(temporary, path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

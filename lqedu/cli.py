@@ -165,7 +165,9 @@ def compare(
             }
         )
     if json_:
-        print(json.dumps({"model": model, "corpus": corpus, "length": length, "windows": len(evaluation), "rows": rows}))
+        print(
+            json.dumps({"model": model, "corpus": corpus, "length": length, "windows": len(evaluation), "rows": rows})
+        )
         return
     table = [
         [

@@ -6,7 +6,9 @@ from torch import nn
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 
 
-def tiny_model(architecture: str = "llama", *, seed: int = 0, blocks: int = 2, gqa: bool = True, tied: bool = False) -> nn.Module:
+def tiny_model(
+    architecture: str = "llama", *, seed: int = 0, blocks: int = 2, gqa: bool = True, tied: bool = False
+) -> nn.Module:
     """A causal language model with hidden size 64 and a vocabulary of 128; weights large enough to matter."""
     import transformers
 
@@ -31,12 +33,12 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, blocks: int = 2, g
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # all of it: from_config draws from the global generator
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.3 * noise if parameter.dim() > 1 else float("norm" in name and "weight" in name) + 0.1 * noise)
+            parameter.copy_(
+                0.3 * noise if parameter.dim() > 1 else float("norm" in name and "weight" in name) + 0.1 * noise
+            )
     return model.requires_grad_(False).eval()
 
 
 def tiny_windows(count: int = 4, length: int = 32, *, seed: int = 0) -> torch.Tensor:
     """Random token ids [count, length] for the tiny models."""
     return torch.randint(128, (count, length), generator=torch.Generator().manual_seed(seed))
-
-

@@ -2,6 +2,7 @@ import hashlib
 import multiprocessing
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 
@@ -101,17 +102,28 @@ def test_no_network_names_the_remedy(index, cache):
     assert not list(cache.iterdir())
 
 
-def test_source_distributions_are_not_built(index, tmp_path):
+def test_source_distributions_are_not_built(index, tmp_path, monkeypatch):
     """Building one would run its code."""
-    import tarfile
-
     source = tmp_path / "lqedu-test-source-1.0"
     source.mkdir()
-    (source / "setup.py").write_text("open('ran', 'w')")
+    (source / "PKG-INFO").write_text("Metadata-Version: 1.0\nName: lqedu-test-source\nVersion: 1.0\n")
+    (source / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with tarfile.open(tmp_path / "wheelhouse" / "lqedu-test-source-1.0.tar.gz", "w:gz") as file:
         file.add(source, source.name)
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "1")
     with pytest.raises(MissingDependencyError, match="pip could not download lqedu-test-source"):
         fetch_wheel("lqedu-test-source==1.0", "0" * 64, "x")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_first_to_finish_wins(cache):
+    """Whoever got that folder may be reading it."""
+
+    def build(folder):
+        cached_folder("thing", lambda faster: (faster / "data").write_text("first"))
+        (folder / "data").write_text("second")
+
+    assert (cached_folder("thing", build) / "data").read_text() == "first"
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("build failed"), KeyboardInterrupt()])

@@ -1,4 +1,4 @@
-"""The command line: exit status 2 and one sentence for whatever is wrong; JSON that parses; the same numbers as Python."""
+"""The command line: exit status 2 and one sentence for whatever is wrong; JSON that parses; Python's own numbers."""
 
 import json
 import os
@@ -114,7 +114,10 @@ def test_compare_and_methods(tiny_folder: Path, text_file: Path, capsys: pytest.
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "bits"], "field=value"),
         (["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--set", "order=up"], "order is"),
         (["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--calibration", "EMPTY"], "no text"),
-        (["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--calibration", "TEXT", "--windows", "9000"], "9000"),
+        (
+            ["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--calibration", "TEXT", "--windows", "9000"],
+            "9000",
+        ),
         (["quantize", "MODEL", "--method", "gptq", "--out", "OUT", "--calibration", "nothing.txt"], "nothing.txt"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "MODEL"], "exists already"),
         (["quantize", "MODEL", "--method", "rtn"], "--out"),
@@ -147,7 +150,7 @@ def test_bad_input_is_one_sentence_and_status_2(
 def test_killed_and_started_again_ends_with_identical_bytes(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """A real process, a real SIGKILL as soon as the first block is on disk, and the same command again."""
     deep = tmp_path / "deep"
-    model, tokenizer = lqedu.load_model(tiny_folder)
+    _, tokenizer = lqedu.load_model(tiny_folder)
     tiny_model(blocks=12).save_pretrained(deep)
     tokenizer.save_pretrained(deep)
 

@@ -6,6 +6,7 @@ provenance. Timings are raw samples of a synchronized clock after a warm-up, nev
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ Measurement = tuple[dict[str, Any], list[dict[str, Any]]]  # configuration, rows
 
 
 def weight_only(device: str) -> Measurement:
-    """Chapters 02 and 04: RTN and GPTQ at 8, 4, 3 and 2 bits; the orders, the calibration sizes, the damping."""
+    """Chapters 02 and 04: RTN and GPTQ of the whole model at 8, 4, 3 and 2 bits, by group and by channel."""
     bench = _Bench(device)
     rows = [bench.row(None)]
     for bits in (8, 4, 3, 2):
@@ -40,13 +41,20 @@ def weight_only(device: str) -> Measurement:
         for group_size in (64, None):
             for order in ("natural", "activation"):
                 rows.append(bench.row(GPTQ(bits=bits, group_size=group_size, order=order)))
-    study = {"bits": 3, "group_size": 64, "order": "activation"}
-    rows.append(bench.row(GPTQ(**study, true_sequential=False)))
-    rows.append(bench.row(GPTQ(**study, search="mse")))
+    return bench.configuration(), _with_recovery(rows)
+
+
+def gptq_study(device: str) -> Measurement:
+    """Chapter 04: what each choice inside GPTQ is worth at 3 bits, one change at a time."""
+    bench = _Bench(device)
+    base = GPTQ(bits=3, group_size=64, order="activation")
+    rows = [bench.row(None), bench.row(RTN(bits=3, group_size=64)), bench.row(base)]
+    rows.append(bench.row(replace(base, true_sequential=False)))
+    rows.append(bench.row(replace(base, search="mse")))
     for damping in (0.0001, 0.1, 1.0):
-        rows.append(bench.row(GPTQ(**study, damping=damping)))
+        rows.append(bench.row(replace(base, damping=damping)))
     for windows in (1, 4, 16, 128):
-        rows.append(bench.row(GPTQ(**study), windows=windows))
+        rows.append(bench.row(base, windows=windows))
     return bench.configuration(), _with_recovery(rows)
 
 
@@ -233,6 +241,7 @@ def _timed(call: Callable[[], Any], device: str, *, repeats: int = 7) -> dict[st
 
 MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "weight-only": weight_only,
+    "gptq-study": gptq_study,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

@@ -93,7 +93,9 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str,
 
 def _identity(model: nn.Module, method: "Method", calibration: Tensor | None) -> dict:
     """Everything the resulting bytes depend on."""
-    tokens = None if calibration is None else hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
+    tokens = (
+        None if calibration is None else hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
+    )
     return {
         "lqedu": __version__,
         "torch": torch.__version__,

@@ -202,10 +202,16 @@ class IntGrid:
             int8 (symmetric) or uint8 codes, ``[out, in]``.
         """
         x = self._grouped(_working(weight))
-        q = torch.round(x / scale.to(x.dtype).unsqueeze(-1))
-        if zero is not None:
-            q += zero.to(x.dtype).unsqueeze(-1)
-        return q.clamp_(self.code_min, self.code_max).to(self.code_dtype).reshape(weight.shape)
+        z = 0 if zero is None else zero.to(x.dtype).unsqueeze(-1)
+        q = self.nearest_code(x, scale.to(x.dtype).unsqueeze(-1), z)
+        return q.to(self.code_dtype).reshape(weight.shape)
+
+    def nearest_code(self, w: Tensor, s: Tensor, z: Tensor | float) -> Tensor:
+        """``clamp(round(w / s) + z)`` for a scale and zero point that broadcast against ``w``; codes in w's dtype.
+
+        The rule itself, for callers that keep scales in the dtype they compute in; :meth:`encode` is the usual way in.
+        """
+        return torch.round(w / s).add_(z).clamp_(self.code_min, self.code_max)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
         """``w_hat = s * (q - z)`` in ``dtype``, ``[out, in]``."""
@@ -284,12 +290,16 @@ class IntGrid:
 def check_weight(weight: Tensor) -> None:
     """Refuse what no grid can describe: integer dtypes, empty or non-matrix shapes, NaN and infinities (GridError)."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise GridError(f"a weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        raise GridError(
+            f"a weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}"
+        )
     if weight.dim() != 2 or weight.numel() == 0:
         raise GridError(f"a weight has shape [out, in] with both at least 1, got {list(weight.shape)}")
     bad = weight.numel() - int(torch.isfinite(weight).sum())
     if bad:
-        raise GridError(f"the weight {list(weight.shape)} holds {bad} NaN or infinite values; repair it before quantizing")
+        raise GridError(
+            f"the weight {list(weight.shape)} holds {bad} NaN or infinite values; repair it before quantizing"
+        )
 
 
 def _working(x: Tensor) -> Tensor:

@@ -85,9 +85,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     if packed.dtype != torch.uint8:
         raise GridError(f"packed codes must be uint8, got {packed.dtype}")
     if packed.shape[-1] != packed_width(n, bits):
-        raise GridError(
-            f"{n} codes of {bits} bits take {packed_width(n, bits)} bytes a row, got {packed.shape[-1]}"
-        )
+        raise GridError(f"{n} codes of {bits} bits take {packed_width(n, bits)} bytes a row, got {packed.shape[-1]}")
     if bits == 8:
         return packed.clone()
     if 8 % bits == 0:  # codes never straddle a byte: shift and mask without leaving uint8

@@ -53,6 +53,4 @@ class GPTQ(WeightOnly):
 
     def quantize_linear(self, weight: Tensor, hessian: Tensor) -> tuple[QTensor, RoundingReport]:
         """Round one weight ``[out, in]`` with the Hessian ``[in, in]`` of its inputs."""
-        return gptq(
-            weight, hessian, self.grid(), damping=self.damping, block_size=self.block_size, order=self.order
-        )
+        return gptq(weight, hessian, self.grid(), damping=self.damping, block_size=self.block_size, order=self.order)

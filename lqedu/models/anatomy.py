@@ -1,9 +1,9 @@
 """Where the linear layers of a model are, and what feeds them; ``03-bench`` and ``09-invariance``.
 
 A decoder block is a chain of *stages*: groups of linear layers that read the same tensor. One Hessian or one
-activation scale serves a stage, and a per-channel scale or a rotation that is applied to its input must be undone in all
-its layers at once. Where something in the block produces that input linearly, it can absorb the other half: that is the
-stage's *source*.
+activation scale serves a stage, and a per-channel scale or a rotation that is applied to its input must be undone in
+all its layers at once. Where something in the block produces that input linearly, it can absorb the other half: that is
+the stage's *source*.
 """
 
 from dataclasses import dataclass

@@ -83,8 +83,7 @@ def gptq(
     scale, zero = grid.fit(w) if static else _empty_grid(grid, w)
     columns = _column_order(h, order)
     u = inverse_factor(h[columns][:, columns]).to(w.dtype)
-    group_of = (columns // group).tolist()
-    codes = _sweep(w[:, columns], u, grid, scale, zero, group_of, block_size=block_size, static=static)
+    codes = _sweep(w[:, columns], u, grid, scale, zero, columns // group, block_size=block_size, static=static)
     codes = codes[:, columns.argsort()].contiguous()
 
     quantized = QTensor(codes, scale, zero, grid)
@@ -110,39 +109,42 @@ def _sweep(
     grid: IntGrid,
     scale: Tensor,
     zero: Tensor | None,
-    group_of: list[int],
+    group_of: Tensor,
     *,
     block_size: int,
     static: bool,
 ) -> Tensor:
     """Round the columns of ``w [out, in]`` in order; column i uses the scale of group ``group_of[i]``.
 
-    ``w`` and ``u [in, in]`` are in processing order. Dynamic groups fill ``scale`` and ``zero`` as they begin. Returns
-    the codes ``[out, in]``.
+    ``w`` and ``u [in, in]`` are in processing order. Unless the grid is static, groups fill ``scale`` and ``zero`` as
+    they begin. Returns the codes ``[out, in]``.
     """
     wt = w.T.contiguous()  # [in, out]: what is rounded next lies together in memory
     codes = torch.empty(wt.shape, dtype=grid.code_dtype, device=w.device)
     errors = torch.empty(min(block_size, len(wt)), w.shape[0], dtype=w.dtype, device=w.device)  # [block, out]
-    column = replace(grid, granularity="channel", group_size=None)  # one column sees one scale per row
     size = grid.columns_per_scale(w.shape[1])
-    diagonal = u.diagonal().tolist()
     for start in range(0, len(wt), block_size):
         end = min(start + block_size, len(wt))
-        for i in range(start, end):
-            k = group_of[i]
+        for i, k, d in zip(
+            range(start, end), group_of[start:end].tolist(), u.diagonal()[start:end].tolist(), strict=True
+        ):
             if not static and i % size == 0:
-                s, z = column.fit(wt[i : i + size].T)  # these columns already carry every error before i
-                scale[:, k : k + 1] = s
-                if zero is not None:
-                    zero[:, k : k + 1] = z
-            s, z = scale[:, k : k + 1], None if zero is None else zero[:, k : k + 1]  # [out, 1]
-            w_i = wt[i].unsqueeze(1)  # [out, 1]
-            q = column.encode(w_i, s, z)
-            err = ((w_i - column.decode(q, s, z, w.dtype)) / diagonal[i]).squeeze(1)  # [out]
-            codes[i], errors[i - start] = q.squeeze(1), err
+                _fit_group(grid, wt[i : i + size].T, scale, zero, k)  # these columns already carry every error before i
+            s, z = scale[:, k].to(w.dtype), 0 if zero is None else zero[:, k].to(w.dtype)  # [out]
+            q = grid.nearest_code(wt[i], s, z)  # [out]
+            err = (wt[i] - s * (q - z)) / d  # [out]
+            codes[i], errors[i - start] = q, err
             wt[i:end].addr_(u[i, i:end], err, alpha=-1)  # spread it over the block now ...
         wt[end:] -= u[start:end, end:].T @ errors[: end - start]  # ... and over the rest of the matrix once per block
     return codes.T
+
+
+def _fit_group(grid: IntGrid, w: Tensor, scale: Tensor, zero: Tensor | None, k: int) -> None:
+    """Fit group k, whose weights are ``w [out, g]`` by now, and store its scale and zero point."""
+    s, z = replace(grid, granularity="channel", group_size=None).fit(w)
+    scale[:, k] = s[:, 0]
+    if zero is not None:
+        zero[:, k] = z[:, 0]
 
 
 def _empty_grid(grid: IntGrid, w: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -16,9 +16,7 @@ from lqedu.linalg.hessian import damp, ldl_upper
 from lqedu.rounding.report import RoundingReport, check_problem, proxy_loss
 
 
-def ldlq(
-    weight: Tensor, hessian: Tensor, grid: IntGrid, *, damping: float = 0.01
-) -> tuple[QTensor, RoundingReport]:
+def ldlq(weight: Tensor, hessian: Tensor, grid: IntGrid, *, damping: float = 0.01) -> tuple[QTensor, RoundingReport]:
     """Round a weight with linear feedback; every scale is fitted to ``weight`` before the first column is rounded.
 
     Args:

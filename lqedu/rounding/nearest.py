@@ -36,4 +36,6 @@ def nearest(weight: Tensor, grid: IntGrid, *, hessian: Tensor | None = None) -> 
     if hessian is None:
         return quantized, RoundingReport(proxy_loss=None)
     dead = int((hessian.diagonal() == 0).sum())
-    return quantized, RoundingReport(proxy_loss(weight - quantized.dequantize(weight.dtype), hessian), dead_columns=dead)
+    return quantized, RoundingReport(
+        proxy_loss(weight - quantized.dequantize(weight.dtype), hessian), dead_columns=dead
+    )

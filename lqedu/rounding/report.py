@@ -47,7 +47,9 @@ def check_problem(weight: Tensor, hessian: Tensor, damping: float) -> None:
             f"a weight {list(weight.shape)} needs a Hessian [{columns}, {columns}], got {list(hessian.shape)}"
         )
     if hessian.device != weight.device:
-        raise CalibrationError(f"the weight is on {weight.device} and its Hessian on {hessian.device}; move one of them")
+        raise CalibrationError(
+            f"the weight is on {weight.device} and its Hessian on {hessian.device}; move one of them"
+        )
     if not bool(torch.isfinite(hessian).all()):
         raise CalibrationError(f"the Hessian [{columns}, {columns}] holds NaN or infinite values")
     if not damping >= 0:

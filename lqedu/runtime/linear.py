@@ -43,7 +43,7 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}"
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202  (torch's own signature)
+    def _apply(self, fn, recurse: bool = True):
         """Move with the model, but keep the stored bits: ``model.bfloat16()`` must not re-round the scales."""
         scale = self.scale
         super()._apply(fn, recurse)

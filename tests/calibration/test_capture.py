@@ -64,7 +64,7 @@ def test_no_block_runs_while_inputs_are_captured(model):
 
 
 def test_each_submodule_runs_once(model):
-    counts = {name: 0 for name in linears(model)}
+    counts = dict.fromkeys(linears(model), 0)
 
     def counting(name):
         def count(*_):

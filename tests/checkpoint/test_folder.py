@@ -34,9 +34,7 @@ def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_round_trip_is_exact(
-    architecture: str, tied: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_round_trip_is_exact(architecture: str, tied: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model, windows = tiny_model(architecture, tied=tied), tiny_windows()
     quantized = quantize(model, GPTQ(bits=3, group_size=32, symmetric=tied), windows)
     back, words = load(save(quantized, tmp_path / "out", tokenizer))
@@ -80,7 +78,7 @@ def _edit_record(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def _rewrite_tensors(folder: Path, change) -> None:  # noqa: ANN001
+def _rewrite_tensors(folder: Path, change) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -113,7 +111,7 @@ SCALE = "model.layers.0.mlp.up_proj.scale"
         (lambda f: (f / "config.json").write_text('{"model_type": "nonsense"}'), "config or tokenizer"),
     ],
 )
-def test_damage_is_refused_in_one_sentence(saved: Path, damage, match: str) -> None:  # noqa: ANN001
+def test_damage_is_refused_in_one_sentence(saved: Path, damage, match: str) -> None:
     damage(saved)
     with pytest.raises(CheckpointError, match=match):
         load(saved)

@@ -81,7 +81,9 @@ def test_scale_is_rounded_before_codes_are_computed() -> None:
     assert int((want != grid.encode(w, scale, zero)).sum()) == 0
 
 
-@pytest.mark.parametrize("grid", [IntGrid(4), IntGrid(4, symmetric=True), IntGrid(2, granularity="group", group_size=4)])
+@pytest.mark.parametrize(
+    "grid", [IntGrid(4), IntGrid(4, symmetric=True), IntGrid(2, granularity="group", group_size=4)]
+)
 def test_zero_group_decodes_to_zeros(grid: IntGrid) -> None:
     w = torch.zeros(3, 8)
     w[1] = 0.3
@@ -180,7 +182,7 @@ def test_bad_weights_are_refused(weight: torch.Tensor, match: str) -> None:
 
 
 def test_group_size_that_does_not_divide_names_the_remedy() -> None:
-    with pytest.raises(GridError, match="128 does not divide the 576 inputs.*use 64"):
+    with pytest.raises(GridError, match=r"128 does not divide the 576 inputs.*use 64"):
         IntGrid(4, granularity="group", group_size=128).scale_shape((8, 576))
 
 

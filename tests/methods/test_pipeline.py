@@ -68,7 +68,7 @@ def test_hessians_come_from_what_each_layer_really_sees(true_sequential: bool) -
             inputs: dict[str, torch.Tensor] = {}
             names = [f"model.layers.{index}.{name}" for stage in stages for name in stage.linears]
             hooks = [
-                slow.get_submodule(name).register_forward_pre_hook(lambda m, a, n=name: inputs.update({n: a[0]}))
+                slow.get_submodule(name).register_forward_pre_hook(lambda m, a, n=name, d=inputs: d.update({n: a[0]}))
                 for name in names
             ]
             with torch.no_grad():
@@ -119,8 +119,8 @@ def test_quantized_blocks_feed_the_next_block() -> None:
 def test_a_hessian_that_cannot_be_factored_gets_more_damping_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from lqedu.methods import gptq as module
 
-    def needs(least: float):  # noqa: ANN202
-        def rounding(weight, hessian, grid, *, damping, **options):  # noqa: ANN001, ANN003, ANN202
+    def needs(least: float):
+        def rounding(weight, hessian, grid, *, damping, **options):
             if damping < least:
                 raise NotPositiveDefiniteError("the Hessian is not positive definite; use more damping")
             return gptq(weight, hessian, grid, damping=damping, **options)
@@ -166,7 +166,7 @@ def test_resumes_to_the_same_bits_and_refuses_another_run(tmp_path: Path, monkey
 
     original, seen = pipeline_module._quantize_block, []
 
-    def dies_at_the_third(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def dies_at_the_third(*args, **kwargs):
         seen.append(1)
         if len(seen) == 3:
             raise KeyboardInterrupt
@@ -191,7 +191,7 @@ def test_resumes_to_the_same_bits_and_refuses_another_run(tmp_path: Path, monkey
     with pytest.raises(CheckpointError, match="differs in: calibration"):
         quantize(model, method, windows.flip(0), resume_dir=tmp_path / "run")
     (tmp_path / "run" / "block-0001.safetensors").write_bytes(b"\x08truncated")
-    with pytest.raises(CheckpointError, match="block-0001.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"block-0001\.safetensors is damaged"):
         quantize(model, method, windows, resume_dir=tmp_path / "run")
 
 

@@ -13,7 +13,7 @@ from tests import problems
 
 @pytest.mark.parametrize(
     ("bits", "symmetric", "granularity"),
-    list(itertools.product((2, 3, 4, 8), (False, True), ("tensor", "channel", "group")))
+    list(itertools.product((2, 3, 4, 8), (False, True), ("tensor", "channel", "group"))),
 )
 def test_equals_the_dense_layer(bits: int, symmetric: bool, granularity: str) -> None:
     w = problems.weight(24, 48, seed=1)

@@ -22,7 +22,7 @@ _HOME = {  # public name -> module that defines it
     "load": "lqedu.checkpoint",
 }
 _SUBPACKAGES = (
-    "assets", "atomic", "book", "calibration", "checkpoint", "errors", "evaluation", "formats", "linalg", "methods", "models",
+    "assets", "book", "calibration", "checkpoint", "errors", "evaluation", "formats", "linalg", "methods", "models",
     "rounding", "runtime", "viz",
 )  # fmt: skip
 

@@ -18,6 +18,8 @@ import typer
 from lqedu import __version__
 from lqedu.errors import LqeduError, UsageError
 
+_BadUsage = typer.BadParameter.__mro__[2]  # ClickException: click's own, or the copy that newer typers carry
+
 app = typer.Typer(
     help="Quantize large language models, step by step.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -240,8 +242,8 @@ def main() -> None:
         status = app(standalone_mode=False)
     except LqeduError as error:
         sys.exit(_fail(str(error)))
-    except typer.TyperException as error:  # a misspelt command or option; its own text says which
-        sys.exit(_fail(error.format_message() if hasattr(error, "format_message") else str(error)))
+    except _BadUsage as error:  # a misspelt command or option; its own text says which
+        sys.exit(_fail(error.format_message()))
     except (KeyboardInterrupt, typer.Abort):
         print("lqedu: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)

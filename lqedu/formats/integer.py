@@ -1,7 +1,7 @@
 """Integer grids: which values can a low-bit weight take, and how are they fitted to the data?
 
-Every integer format in the book is affine, ``w_hat = s * (q - z)``, and differs in four things: how many codes there are
-(``bits``), whether zero sits in the middle (``symmetric``), how many weights share one scale (``granularity``,
+Every integer format in the book is affine, ``w_hat = s * (q - z)``, and differs in four things: how many codes there
+are (``bits``), whether zero sits in the middle (``symmetric``), how many weights share one scale (``granularity``,
 ``group_size``), and by which formula the scale follows from the data (``convention``, ``search``).
 
 Derived in chapter ``02-grids``.
@@ -21,8 +21,8 @@ from lqedu.formats.packing import packed_width
 class ScaleConvention(Enum):
     """The formula that turns a range of weights into a scale. Real tools disagree, so every grid names its own.
 
-    ``a`` is max|w|, ``lo`` and ``hi`` are the smallest and largest weight, ``b`` the bits; the number is the scale of the
-    weights (-1, 0.5) at 4 bits.
+    ``a`` is max|w|, ``lo`` and ``hi`` are the smallest and largest weight, ``b`` the bits; the number is the scale of
+    the weights (-1, 0.5) at 4 bits.
     """
 
     #: ``(max(hi, 0) - min(lo, 0)) / (2**b - 1)`` = 0.1, zero is always representable. GPTQ, llm-compressor, GPTQModel.

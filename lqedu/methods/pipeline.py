@@ -1,9 +1,9 @@
 """From a method and a model to a quantized model, one decoder block at a time.
 
 A block's forward pass runs once over all calibration tokens. Just before a linear layer runs, its input is at hand: the
-Hessian is built from it, the layer is quantized on the spot, and the pass goes on through the quantized weight. So every
-layer is calibrated on what it will really see, each sub-module of a block runs once, and memory holds one block and its
-activations. Chapter ``04-gptq``.
+Hessian is built from it, the layer is quantized on the spot, and the pass goes on through the quantized weight. So
+every layer is calibrated on what it will really see, each sub-module of a block runs once, and memory holds one block
+and its activations. Chapter ``04-gptq``.
 """
 
 import copy
@@ -45,10 +45,10 @@ def quantize(
     Args:
         model: a dense causal language model that :func:`lqedu.models.anatomy.describe` knows. Not changed.
         method: what to do, e.g. ``GPTQ(bits=4, group_size=64)``.
-        calibration: token ids ``[windows, length]``, int64; required where ``method.needs_calibration``, unused elsewhere.
+        calibration: token ids ``[windows, length]``, int64; required where ``method.needs_calibration``, else unused.
         progress: show a progress bar on stderr.
-        resume_dir: folder that keeps each finished block; a run that finds it there goes on behind the last one and ends
-            with the same bytes. The caller deletes it.
+        resume_dir: folder that keeps each finished block; a run that finds it there goes on behind the last one and
+            ends with the same bytes. The caller deletes it.
 
     Returns:
         A new model that shares every untouched tensor with ``model``. Its attributes ``lqedu_reports`` (a

@@ -1,6 +1,6 @@
 """GPTQ: choose codes that minimise ``tr((W - Ŵ) H (W - Ŵ)^T)``, one column at a time, with error feedback.
 
-Column i is rounded to nearest; its error, seen through the Hessian, is then spread over the columns that are still free:
+Column i is rounded to nearest; its error, seen through the Hessian, is then spread over the columns still free:
 
     d = u[i, i],   err = (w_i - q_i) / d,   W[:, i:] -= err ⊗ u[i, i:],   where h^-1 = u^T u.
 

@@ -4,8 +4,8 @@ With ``h = l diag(d) l^T``, l unit upper triangular, the loss splits into one te
 ``tr(Δ h Δ^T) = Σ_k d_k ‖(Δ l)_k‖²`` with ``Δ = Ŵ - W``. Rounding column k of ``W - Δ[:, :k] l[:k, k]`` to nearest makes
 each term as small as rounding can.
 
-Chee et al., 2023, arXiv:2307.13304, section 3 (the paper factors with a lower triangle and goes from last to first; this
-is the same algorithm with the columns reversed). Equal to GPTQ, code for code, on a fixed grid: chapter ``04-gptq``.
+Chee et al., 2023, arXiv:2307.13304, section 3 (the paper factors with a lower triangle and goes from last to first;
+this is the same algorithm with the columns reversed). Equal to GPTQ, code for code, on a fixed grid: ``04-gptq``.
 """
 
 import torch

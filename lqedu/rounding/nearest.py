@@ -1,6 +1,6 @@
 """Rounding to nearest (RTN): every weight goes to the closest grid point, whatever its neighbours do.
 
-The baseline of every chapter, derived in ``02-grids``: its error is at most half a step per weight, and it needs no data.
+The baseline of every chapter, derived in ``02-grids``: its error is at most half a step per weight; it needs no data.
 """
 
 from torch import Tensor

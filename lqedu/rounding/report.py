@@ -14,7 +14,7 @@ class RoundingReport:
     """Numbers that describe one rounded weight.
 
     Attributes:
-        proxy_loss: ``tr(ΔW H ΔW^T)``, the squared output error per token summed over outputs; ``None`` without a Hessian.
+        proxy_loss: ``tr(ΔW H ΔW^T)``, squared output error per token summed over outputs; ``None`` without a Hessian.
         damping: fraction of the mean diagonal that was added to the Hessian; ``None`` where none is used.
         dead_columns: inputs that were zero in every calibration token.
         flips: fraction of codes that differ from rounding to nearest on the same final grid.

@@ -12,8 +12,8 @@ from lqedu.formats import IntGrid, QTensor
 class QuantLinear(nn.Module):
     """``y = x ŵ^T + bias`` with ``ŵ`` stored as packed codes, scales and zero points.
 
-    Buffers: ``codes`` uint8 ``[out, packed_width(in, bits)]``, ``scale`` ``grid.scale_shape``, and for an asymmetric grid
-    ``zero``, uint8, packed along the groups. ``bias`` stays as it was.
+    Buffers: ``codes`` uint8 ``[out, packed_width(in, bits)]``, ``scale`` ``grid.scale_shape``, and for an asymmetric
+    grid ``zero``, uint8, packed along the groups. ``bias`` stays as it was.
     """
 
     def __init__(self, quantized: QTensor, bias: Tensor | None = None) -> None:

@@ -258,6 +258,7 @@ def main(
         raise typer.BadParameter(f"unknown measurement {name!r}; choose one of {', '.join(MEASUREMENTS)}")
     configuration, rows = MEASUREMENTS[name](device)
     title = " ".join((MEASUREMENTS[name].__doc__ or "").split(": ", 1)[1].split()).rstrip(".")
+    title = title[0].upper() + title[1:]
     write_result(out, title=title, kind="measured", configuration=configuration | {"device": device}, values=rows)
 
 

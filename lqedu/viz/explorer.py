@@ -1,8 +1,8 @@
 """Explorers: small interactive pictures that move in a rendered page, without a kernel, a network or a library.
 
 An explorer is one ES module beside this file, written once for two hosts. :class:`Explorer` inlines it with its data
-into HTML, where it works from a file; :meth:`Explorer.widget` gives the same module to anywidget for a live kernel. What
-a module may use is in ``_kit.mjs``, which the host puts in front of it; ``grid.mjs`` is the one to learn from.
+into HTML, where it works from a file; :meth:`Explorer.widget` gives the same module to anywidget for a live kernel. A
+module may use all of ``_kit.mjs``, which the host puts in front of it; ``grid.mjs`` is the one to learn from.
 """
 
 import hashlib

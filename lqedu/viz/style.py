@@ -38,7 +38,7 @@ _GRID = "#DDDDDD"
 def use_style() -> None:
     """Set the style for this process; :func:`lqedu.book.setup` calls it.
 
-    Inside a notebook, figures become PNGs of two pixels a CSS pixel.
+    Inside a notebook, figures become PNGs of two pixels a CSS pixel; draw them with :func:`figure`.
 
     Raises:
         MissingDependencyError: matplotlib is missing.
@@ -48,10 +48,11 @@ def use_style() -> None:
     except ImportError as error:
         raise MissingDependencyError('figures need matplotlib; pip install "lqedu[notebook]"') from error
     mpl.rcParams.update(_rc())
-    if _in_ipython():
-        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    shell = _notebook_shell()
+    if shell is not None:
+        import matplotlib.pyplot as plt  # switches the notebook's backend on, which sets a formatter of its own
 
-        set_matplotlib_formats("retina")
+        shell.display_formatter.formatters["image/png"].for_type(plt.Figure, _png)
 
 
 def series(i: int) -> dict[str, Any]:
@@ -126,10 +127,22 @@ def colours(n: int) -> list[str]:
     return list(islice(cycle(PALETTE.values()), n))
 
 
-def _in_ipython() -> bool:
+def _notebook_shell() -> Any:
+    """The shell of a notebook's kernel, or None elsewhere."""
     try:
         from IPython import get_ipython
     except ImportError:
-        return False
+        return None
     shell = get_ipython()
-    return shell is not None and getattr(shell, "kernel", None) is not None
+    return shell if getattr(shell, "kernel", None) is not None else None
+
+
+def _png(fig: "Figure") -> tuple[str, dict[str, int]]:
+    """A PNG of two pixels a CSS pixel, and the width to show it at.
+
+    No height, which IPython's own "retina" adds: a phone narrows the picture, and a fixed height would distort it.
+    """
+    from IPython.core.pylabtools import retina_figure
+
+    data, size = retina_figure(fig, base64=True, bbox_inches="tight")
+    return data, {"width": size["width"]}

@@ -42,13 +42,13 @@ _PAGE = """<figure class="lqedu-explorer" data-explorer="KEY" aria-label="TITLE"
 <style>
 CSS</style>
 <figcaption><strong>TITLE</strong><span>DESCRIPTION</span></figcaption>
-<div class="body"><p class="live">This picture moves where scripts run: in the book, in Colab and in Jupyter.</p></div>
+<div class="lq-body"><p class="live">It moves where scripts run: in the book, Colab and Jupyter.</p></div>
 </figure>
 <script type="module">
 MODULE
 for (const figure of document.querySelectorAll('[data-explorer="KEY"]:not([data-ready])')) {
 figure.dataset.ready = "";
-const el = figure.querySelector(".body");
+const el = figure.querySelector(".lq-body");
 SHIM
 el.replaceChildren();
 try {
@@ -64,7 +64,7 @@ try {
 _WIDGET = """
 export default {
   render({ model, el }) {
-    const body = h("div", { class: "body" });
+    const body = h("div", { class: "lq-body" });
     const [title, description] = [model.get("_title"), model.get("_description")];
     el.append(h("figure", { class: "lqedu-explorer", "aria-label": title },
       h("figcaption", {}, h("strong", {}, title), h("span", {}, description)), body));

@@ -57,7 +57,8 @@ function drawLine(root, width, result) {
   root.append(svg("text", { class: "strong", x: 8, y: 13 }, "weights"));
   counts.forEach((count, i) => {
     const left = x(lo + ((hi - lo) * i) / n), right = x(lo + ((hi - lo) * (i + 1)) / n);
-    if (count) root.append(svg("rect", { class: "c-blue", x: left + 0.5, width: Math.max(right - left - 1, 1), y: y(count), height: y(0) - y(count) }));
+    const bar = { class: "c-blue", x: left + 0.5, width: Math.max(right - left - 1, 1), y: y(count), height: y(0) - y(count) };
+    if (count) root.append(svg("rect", bar));
   });
   root.append(svg("line", { class: "rule", x1: 8, x2: width - 8, y1: top + tall, y2: top + tall }));
   const title = result.points.length > 1 ? "grid points, one line a group" : "grid points";

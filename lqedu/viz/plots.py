@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PRINTED = 12  # rows and columns up to which a matrix shows its values
+_DIGIT = 0.68  # width of a digit over the size of its font, with a little room
+_SMALLEST = 9.0  # points; smaller values are not printed
 
 
 def matrix(
@@ -23,7 +25,7 @@ def matrix(
     rows: str = "",
     cols: str = "",
 ) -> None:
-    """A matrix as colours, with its values printed if it has at most twelve rows and columns.
+    """A matrix as colours, with its values printed if it has at most twelve rows and columns and they fit.
 
     Args:
         ax: axes to draw on.
@@ -38,15 +40,15 @@ def matrix(
     a = _array(m)
     if a.ndim != 2 or not a.size:
         raise UsageError(f"a matrix has two dimensions of at least 1, got {list(a.shape)}")
-    top = limit if limit is not None else float(abs(a).max()) if symmetric else float(a.max())
+    top = limit if limit is not None else float(abs(a).max()) if symmetric else max(float(a.max()), 0.0)
     top = top or 1.0  # a matrix of zeros has no largest value to scale by
     low = -top if symmetric else min(float(a.min()), 0.0)
     ax.imshow(a, cmap="RdBu_r" if symmetric else "Blues", vmin=low, vmax=top, aspect="equal", interpolation="nearest")
     ax.grid(False)
     ax.set(title=title, xlabel=cols, ylabel=rows, xticks=[], yticks=[])
-    if max(a.shape) > _PRINTED:
+    size = _value_size(ax, a, fmt)
+    if size is None:
         return
-    size = min(10.0, 84.0 / max(a.shape))
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
             strength = abs(a[i, j]) / top if symmetric else (a[i, j] - low) / (top - low)
@@ -118,7 +120,18 @@ def histogram_with_grid(
     ax.plot(points, [1.0] * len(points), "v", color=PALETTE["red"], transform=below, clip_on=False, label=labels[1])
     ax.set(xlabel="value", ylabel="count")
     ax.grid(False, axis="x")
-    ax.legend(loc="upper left", bbox_to_anchor=(0, 1.16), ncols=2)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.6)
+
+
+def _value_size(ax: "Axes", a: Any, fmt: str) -> float | None:
+    """Font size in which the values of a matrix fit their cells, before the layout is known; None if they do not."""
+    if max(a.shape) > _PRINTED:
+        return None
+    place = ax.get_subplotspec()
+    panels = place.get_gridspec().ncols if place is not None else 1
+    cell = 72 * ax.figure.get_figwidth() / panels * 0.9 / a.shape[1]  # points
+    size = cell / (_DIGIT * max(len(format(value, fmt)) for value in a.ravel()))
+    return min(10.0, size) if size >= _SMALLEST else None
 
 
 def _array(values: Any) -> Any:

@@ -50,9 +50,10 @@ def use_style() -> None:
     mpl.rcParams.update(_rc())
     shell = _notebook_shell()
     if shell is not None:
-        import matplotlib.pyplot as plt  # switches the notebook's backend on, which sets a formatter of its own
+        from matplotlib.figure import Figure
+        from matplotlib_inline import backend_inline  # noqa: F401  (when first loaded, it sets a formatter of its own)
 
-        shell.display_formatter.formatters["image/png"].for_type(plt.Figure, _png)
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _png)
 
 
 def series(i: int) -> dict[str, Any]:

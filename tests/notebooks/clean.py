@@ -1,0 +1,42 @@
+"""Remove from notebooks what differs from run to run: ``python tests/notebooks/clean.py FILE ...``.
+
+What stays: sources, outputs, execution counts, tags, and the alt texts and captions under ``mystnb``.
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+_WIDGET = "application/vnd.jupyter.widget"
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without timings, widget state, editor settings and versions; changed in place."""
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "mystnb")})
+        for output in cell.get("outputs", []):
+            output.pop("metadata", None)
+            if "data" in output:
+                output["metadata"] = nbformat.from_dict({})
+                output["data"] = nbformat.from_dict({k: v for k, v in output["data"].items() if not k.startswith(_WIDGET)})
+    return notebook
+
+
+def write(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write with a final newline, as git likes it."""
+    nbformat.validate(notebook)
+    path.write_text(nbformat.writes(notebook).rstrip("\n") + "\n", encoding="utf-8")
+
+
+def main(names: list[str]) -> int:
+    for name in names:
+        path = Path(name)
+        write(clean(nbformat.read(path, as_version=4)), path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

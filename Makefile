@@ -11,7 +11,7 @@ MATHJAX := $(HTML)/_static/mathjax
 UNIT := $(BIN)/python -m pytest -m "not site" -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test check lint unit notebooks site execute model clean
+.PHONY: help book serve test check lint unit notebooks site execute model linkcheck clean
 
 help:
 	@echo "make book              render the committed notebooks to $(HTML) (no torch needed)"
@@ -96,6 +96,10 @@ test: $(VENV)/stamp-all
 	$(MAKE) --no-print-directory unit
 	$(MAKE) --no-print-directory notebooks
 	$(MAKE) --no-print-directory site
+
+# Needs a network; the weekly workflow runs it.
+linkcheck: $(VENV)/stamp-book
+	$(BIN)/jupyter-book build . --builder linkcheck -q
 
 clean:
 	rm -rf $(VENV) _build build dist lqedu.egg-info .pytest_cache .ruff_cache .hypothesis

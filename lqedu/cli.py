@@ -5,6 +5,7 @@ sentence that says what is wrong and what to do. ``--json`` prints one JSON obje
 """
 
 import json
+import math
 import platform
 import shutil
 import sys
@@ -111,7 +112,7 @@ def evaluate(
     if json_:
         print(json.dumps(summary))
     else:
-        _print_table(model, ["perplexity", "NLL", "standard error", "tokens"], [_perplexity_row(result)])
+        _print_table(model, ["perplexity", "NLL", "tokens"], [_perplexity_row(result)])
 
 
 @app.command()
@@ -163,7 +164,7 @@ def compare(
                 "bits_per_weight": 8 * sum(layer.nbytes for layer in layers) / weights,
                 **_numbers(result),
                 "delta_nll": difference.delta_nll,
-                "delta_stderr": difference.stderr,
+                "delta_stderr": _finite(difference.stderr),
             }
         )
     if json_:
@@ -176,7 +177,7 @@ def compare(
             row["method"],
             "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}",
             f"{row['ppl']:.3f}",
-            f"{row['delta_nll']:+.4f} ± {row['delta_stderr']:.4f}",
+            f"{row['delta_nll']:+.4f}{_plus_minus(row['delta_stderr'])}",
         ]
         for row in rows
     ]
@@ -297,12 +298,21 @@ def _evaluation_windows(tokenizer: Any, corpus: str, length: int, tokens: int) -
     return token_windows(tokenizer, load_corpus(corpus, split="evaluation"), length=length, count=tokens // length)
 
 
-def _numbers(result: Any) -> dict[str, float]:
-    return {"ppl": result.ppl, "nll": result.nll, "stderr": result.stderr, "tokens": result.tokens}
+def _numbers(result: Any) -> dict[str, float | None]:
+    return {"ppl": result.ppl, "nll": result.nll, "stderr": _finite(result.stderr), "tokens": result.tokens}
+
+
+def _finite(stderr: float) -> float | None:
+    """A single window has no standard error, and JSON has no NaN."""
+    return stderr if math.isfinite(stderr) else None
+
+
+def _plus_minus(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {stderr:.4f}"
 
 
 def _perplexity_row(result: Any) -> list[str]:
-    return [f"{result.ppl:.4f}", f"{result.nll:.5f}", f"{result.stderr:.5f}", f"{result.tokens:,}"]
+    return [f"{result.ppl:.4f}", f"{result.nll:.4f}{_plus_minus(_finite(result.stderr))}", f"{result.tokens:,}"]
 
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -79,6 +79,8 @@ def test_quantize_eval_round_trip(
     )
     assert status == 0
     assert json.loads(stdout)["ppl"] == want.ppl  # to the last bit
+    one_window = ["eval", out, "--corpus", text_file, "--length", 32, "--tokens", 32, "--json"]
+    assert json.loads(run(*one_window, capsys=capsys)[1])["stderr"] is None
 
 
 def test_compare_and_methods(tiny_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,9 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "mystnb")})
         for output in cell.get("outputs", []):
-            output.pop("metadata", None)
-            if "data" in output:
-                output["metadata"] = nbformat.from_dict({})
+            if "data" in output:  # of its metadata, the size of a picture is part of how it looks
+                sizes = {k: v for k, v in output.get("metadata", {}).items() if k.startswith("image/")}
+                output["metadata"] = nbformat.from_dict(sizes)
                 output["data"] = nbformat.from_dict({k: v for k, v in output["data"].items() if not k.startswith(_WIDGET)})
     return notebook
 

@@ -5,3 +5,6 @@ FP64_IDENTITY = 1e-10
 #: Fraction of codes that may differ between two orders of the same float32 sums: only weights within rounding error
 #: of a tie flip (and feed their flip forward).
 FP32_TIES = 1e-3
+#: Largest difference of a dequantized weight between two float32 computations of the same scale and code: weights are
+#: below 1, scales agree to a few units in the last place, codes are at most 15.
+PEER_WEIGHT = 1e-6

@@ -1,7 +1,7 @@
 """The README's picture, drawn from the recorded measurement: ``python -m lqedu.book.picture``.
 
-It reads ``book/results/weight_only_smollm2.json`` and writes ``book/_static/perplexity.svg``; a test compares the labels
-in the committed picture with the file.
+It reads ``book/results/weight_only_smollm2.json`` and writes ``book/_static/perplexity.svg``; a test compares the
+labels in the committed picture with the file.
 """
 
 from pathlib import Path
@@ -43,8 +43,12 @@ def main(path: Path = Path("book/_static/perplexity.svg")) -> None:
             color, marker, dash = SERIES[name]
             ax.plot(*zip(*points, strict=True), color=PALETTE[color], marker=marker, linestyle=dash, label=name)
             for bits, ppl in points:
-                ax.annotate(label(ppl), (bits, ppl), xytext=(8, 4 if name == "RTN" else -16), textcoords="offset points")
-        ax.set(xlabel="bits per weight, scales and zero points counted", ylabel="perplexity", yscale="log", ylim=(20, 80))
+                ax.annotate(
+                    label(ppl), (bits, ppl), xytext=(8, 4 if name == "RTN" else -16), textcoords="offset points"
+                )
+        ax.set(
+            xlabel="bits per weight, scales and zero points counted", ylabel="perplexity", yscale="log", ylim=(20, 80)
+        )
         ax.set_yticks([20, 30, 40, 60, 80], ["20", "30", "40", "60", "80"])
         ax.minorticks_off()
         ax.set_title("SmolLM2-135M on unseen text: rounding to nearest against GPTQ", loc="left", fontsize=11)

@@ -46,7 +46,7 @@ $(VENV)/stamp-all: pyproject.toml constraints.txt | $(BIN)/python
 
 book: $(VENV)/stamp-book
 	@echo "==> rendering the book"
-	$(BIN)/jupyter-book build . -q
+	$(BIN)/jupyter-book build .
 	@$(MAKE) --no-print-directory trim
 	@echo "==> open file://$(CURDIR)/$(HTML)/index.html"
 
@@ -85,7 +85,7 @@ notebooks: $(VENV)/stamp-all model
 # A build over old doctrees forgets their warnings, so they go first.
 site: $(VENV)/stamp-all
 	rm -rf _build/.doctrees $(HTML)
-	$(BIN)/jupyter-book build . -n -W --keep-going -q
+	$(BIN)/jupyter-book build . -n -W --keep-going
 	@$(MAKE) --no-print-directory trim
 	$(BIN)/python -m pytest tests/site -m site -v
 

@@ -144,7 +144,9 @@ class _Writer:
             parts.append("*" + self._parameter(arguments.vararg, None, module))
         elif arguments.kwonlyargs:
             parts.append("*")
-        parts += [self._parameter(a, d, module) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+        parts += [
+            self._parameter(a, d, module) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        ]
         if arguments.kwarg:
             parts.append("**" + self._parameter(arguments.kwarg, None, module))
         returns = self.annotation(node.returns, module)
@@ -170,7 +172,9 @@ class _Writer:
         init = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None)
         signature = ""
         if dataclass_:
-            fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and "ClassVar" not in ast.unparse(f.annotation)]
+            fields = [
+                f for f in node.body if isinstance(f, ast.AnnAssign) and "ClassVar" not in ast.unparse(f.annotation)
+            ]
             signature = f"({', '.join(self._field(f, module) for f in fields)})"
         elif init:
             signature = self.signature(init, module, method=True).partition(" -> ")[0]
@@ -273,7 +277,7 @@ class Api(_Directive):
         if module is None:
             raise self.error(f"there is no module {package}")
         writer = _Writer(self.config, public_addresses())
-        lines = writer.docstring(ast.get_docstring(module.tree), what="module") + [""]
+        lines = [*writer.docstring(ast.get_docstring(module.tree), what="module"), ""]
         for name in public_names(module):
             lines += writer.any(f"{package}.{name}")
         sources = list(module.path.parent.glob("*.py")) if module.path.name == "__init__.py" else [module.path]

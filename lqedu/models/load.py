@@ -72,7 +72,7 @@ def load_model(
     else:
         model, tokenizer = _load_dense(name, dtype)  # downloads take long: their progress bars stay
     model.lqedu_tokenizer = tokenizer  # travels with the model through quantize, so that save can write both
-    return model.to(device).eval(), tokenizer
+    return model.to(device).requires_grad_(False).eval(), tokenizer
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -21,7 +21,9 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             if "data" in output:  # of its metadata, the size of a picture is part of how it looks
                 sizes = {k: v for k, v in output.get("metadata", {}).items() if k.startswith("image/")}
                 output["metadata"] = nbformat.from_dict(sizes)
-                output["data"] = nbformat.from_dict({k: v for k, v in output["data"].items() if not k.startswith(_WIDGET)})
+                output["data"] = nbformat.from_dict(
+                    {k: v for k, v in output["data"].items() if not k.startswith(_WIDGET)}
+                )
     return notebook
 
 

@@ -59,8 +59,24 @@ NOT_OUR_LETTERS = {
     "w_deq": "w_hat", "w_dq": "w_hat",
 }  # fmt: skip
 TAGS = frozenset(
-    "hide-input hide-output hide-cell remove-input remove-output remove-cell remove-stderr scroll-output full-width margin "
-    "raises-exception nbval-skip nbval-ignore-output nbval-check-output nbval-raises-exception parameters".split()
+    [
+        "hide-input",
+        "hide-output",
+        "hide-cell",
+        "remove-input",
+        "remove-output",
+        "remove-cell",
+        "remove-stderr",
+        "scroll-output",
+        "full-width",
+        "margin",
+        "raises-exception",
+        "nbval-skip",
+        "nbval-ignore-output",
+        "nbval-check-output",
+        "nbval-raises-exception",
+        "parameters",
+    ]
 )
 # Spelt in two halves, so that this file does not find itself.
 RESIDUE = re.compile(
@@ -198,7 +214,9 @@ def title_cell(chapter: Chapter) -> Iterator[Problem]:
         return
     if len(titles := chapter.headings(1)) != 1:
         yield titles[-1][0], f"a chapter has one level-1 heading, its title; found {len(titles)}"
-    link = f"https://colab.research.google.com/github/lqedu/lqedu/blob/v{chapter.version}/book/chapters/{chapter.id}.ipynb"
+    link = (
+        f"https://colab.research.google.com/github/lqedu/lqedu/blob/v{chapter.version}/book/chapters/{chapter.id}.ipynb"
+    )
     badge = first.source.rstrip().splitlines()[-1].split(" · ")
     if len(badge) != 3 or f"({link})" not in badge[0] or "runs on" not in badge[1].lower() or "about" not in badge[2]:
         yield 0, f"the title cell must end with '[Open in Colab]({link}) · runs on a CPU · about N s'"
@@ -215,12 +233,17 @@ def spine(chapter: Chapter) -> Iterator[Problem]:
             yield None, f"the section '## {title}' appears {titles.count(title)} times"
     known = [title for title in titles if title in SPINE]
     if known != sorted(known, key=SPINE.index):
-        yield None, f"sections must stand in the order {', '.join(t for t in SPINE if t in known)}; found {', '.join(known)}"
+        yield (
+            None,
+            f"sections must stand in the order {', '.join(t for t in SPINE if t in known)}; found {', '.join(known)}",
+        )
     for cell, title in found:
         if title in SPINE:
             continue
         place = titles.index(title)
-        inside = all(t in titles for t in ("Setup", "Summary")) and titles.index("Setup") < place < titles.index("Summary")
+        inside = all(t in titles for t in ("Setup", "Summary")) and titles.index("Setup") < place < titles.index(
+            "Summary"
+        )
         if not (chapter.shape.extra_sections and inside):
             yield cell, f"'## {title}' is not a section of a chapter; use ### below one that is"
 
@@ -293,8 +316,13 @@ def exercises(chapter: Chapter) -> Iterator[Problem]:
         for cell in solutions:
             if f"{chapter.id}.{n}: passed" not in cell.output_text():
                 yield cell.index, f"the stored output of the solution does not say '{chapter.id}.{n}: passed'"
-        if not re.search(rf"^:{{3,}}\{{solution-start\}} *ex-{re.escape(chapter.id)}-{n}\s*\n:class: dropdown", solved, re.M):
-            yield None, f"the solution of exercise {n} must open with {{solution-start}} ex-{chapter.id}-{n}, :class: dropdown"
+        if not re.search(
+            rf"^:{{3,}}\{{solution-start\}} *ex-{re.escape(chapter.id)}-{n}\s*\n:class: dropdown", solved, re.M
+        ):
+            yield (
+                None,
+                f"the solution of exercise {n} must open with {{solution-start}} ex-{chapter.id}-{n}, :class: dropdown",
+            )
     if solved.count("{solution-start}") != solved.count("{solution-end}"):
         yield None, "every {solution-start} needs its {solution-end}"
 
@@ -346,7 +374,10 @@ def figures(chapter: Chapter) -> Iterator[Problem]:
         if cell.images > 1:
             yield cell.index, f"{cell.images} pictures in one cell; show one a cell, each has its own alt text"
         if len(alt) < MIN_ALT or not re.search(r"\d", alt):
-            yield cell.index, f"mystnb.image.alt must state the trend and the number that matters (≥ {MIN_ALT} characters)"
+            yield (
+                cell.index,
+                f"mystnb.image.alt must state the trend and the number that matters (≥ {MIN_ALT} characters)",
+            )
         if re.search(r"[$\"<>`{}]", alt):
             yield cell.index, "mystnb.image.alt is read aloud: no markup, no quotes, no maths"
         if not str(figure.get("name", "")).startswith(f"fig-{chapter.id}-"):
@@ -373,7 +404,11 @@ def letters(chapter: Chapter) -> Iterator[Problem]:
                 yield cell.index, f"{name} is {NOT_OUR_LETTERS[name]} in this book (see the notation page)"
     for cell in chapter.prose:
         for formula in _MATHS.findall(_INLINE_CODE.sub(" ", _FENCE.sub(" ", cell.source))):
-            bare = re.sub(r"\\(?:text|mathrm|operatorname|mathbb|mathsf|texttt|mathcal|tag)\*?\s*\{[^{}]*\}|\\mathbb [A-Z]", " ", formula)
+            bare = re.sub(
+                r"\\(?:text|mathrm|operatorname|mathbb|mathsf|texttt|mathcal|tag)\*?\s*\{[^{}]*\}|\\mathbb [A-Z]",
+                " ",
+                formula,
+            )
             if letter := re.search(r"(?<![A-Za-z\\])[WXHQSZ](?![A-Za-z])", bare):
                 yield cell.index, f"{letter[0]} in a formula is {letter[0].lower()} in this book: {formula[:60]}"
 
@@ -418,8 +453,18 @@ def documented_functions(chapter: Chapter) -> Iterator[Problem]:
 def executed(chapter: Chapter) -> Iterator[Problem]:
     counts = [cell.data.get("execution_count") for cell in chapter.code]
     if counts != list(range(1, len(counts) + 1)):
-        wrong = next((c for c, n in zip(chapter.code, range(1, len(counts) + 1)) if c.data.get("execution_count") != n), None)
-        yield wrong.index if wrong else None, "not executed from top to bottom in one go: make execute CHAPTER=" + chapter.id
+        wrong = next(
+            (
+                c
+                for c, n in zip(chapter.code, range(1, len(counts) + 1), strict=False)
+                if c.data.get("execution_count") != n
+            ),
+            None,
+        )
+        yield (
+            wrong.index if wrong else None,
+            "not executed from top to bottom in one go: make execute CHAPTER=" + chapter.id,
+        )
     for cell in chapter.code:
         if not cell.source.strip():
             yield cell.index, "an empty cell"
@@ -441,10 +486,16 @@ def metadata(chapter: Chapter) -> Iterator[Problem]:
         yield None, "the kernelspec must be python3"
     volatile = set(stored) - {"kernelspec", "language_info"} | set(stored.get("language_info", {})) - {"name"}
     if volatile:
-        yield None, f"volatile notebook metadata ({', '.join(sorted(volatile))}): python tests/notebooks/clean.py {chapter.name}"
+        yield (
+            None,
+            f"volatile notebook metadata ({', '.join(sorted(volatile))}): python tests/notebooks/clean.py {chapter.name}",
+        )
     for cell in chapter.cells:
         if unknown := set(cell.data.metadata) - {"tags", "mystnb"}:
-            yield cell.index, f"volatile cell metadata ({', '.join(sorted(unknown))}): python tests/notebooks/clean.py {chapter.name}"
+            yield (
+                cell.index,
+                f"volatile cell metadata ({', '.join(sorted(unknown))}): python tests/notebooks/clean.py {chapter.name}",
+            )
         if unknown := set(cell.tags) - TAGS:
             yield cell.index, f"unknown tags: {', '.join(sorted(unknown))}"
 
@@ -473,7 +524,9 @@ def colon_fences(chapter: Chapter) -> Iterator[Problem]:
 @gate
 def own_network(chapter: Chapter) -> Iterator[Problem]:
     for cell in chapter.prose:
-        if re.search(r"!\[[^\]]*\]\(\s*(?:https?:)?//|<(?:img|script|iframe|link)[^>]*(?:src|href)=.?(?:https?:)?//", cell.source):
+        if re.search(
+            r"!\[[^\]]*\]\(\s*(?:https?:)?//|<(?:img|script|iframe|link)[^>]*(?:src|href)=.?(?:https?:)?//", cell.source
+        ):
             yield cell.index, "something loaded from another host: the page must work without a network"
         if re.search(r"\]\(http://", cell.source):
             yield cell.index, "links use https"
@@ -504,13 +557,17 @@ class Book:
             capture_output=True, text=True,
         )  # fmt: skip
         names = listed.stdout.split("\0") if listed.returncode == 0 else []
-        paths = [self.root / n for n in names if n] or [p for p in self.root.rglob("*") if ".venv" not in p.parts and "_build" not in p.parts]
+        paths = [self.root / n for n in names if n] or [
+            p for p in self.root.rglob("*") if ".venv" not in p.parts and "_build" not in p.parts
+        ]
         return sorted({p for p in paths if p.suffix in TEXT_FILES and p.is_file()})
 
     @cached_property
     def pages(self) -> dict[Path, list[tuple[int | None, str]]]:
         """Markdown of every page: ``(cell, text)``."""
-        found: dict[Path, list[tuple[int | None, str]]] = {c.path: [(p.index, p.source) for p in c.prose] for c in self.chapters}
+        found: dict[Path, list[tuple[int | None, str]]] = {
+            c.path: [(p.index, p.source) for p in c.prose] for c in self.chapters
+        }
         for path in sorted(self.root.glob("book/**/*.md")):
             if "results" not in path.parts:
                 found[path] = [(None, path.read_text(encoding="utf-8"))]
@@ -546,7 +603,11 @@ def unique_names(book: Book) -> Iterator[BookProblem]:
     seen: dict[str, Path] = {}
     for chapter in book.chapters:
         for cell in chapter.cells:
-            names = [cell.figure.get("figure", {}).get("name", "")] if cell.is_code else re.findall(r"^\(([\w-]+)\)=$", cell.source, re.M)
+            names = (
+                [cell.figure.get("figure", {}).get("name", "")]
+                if cell.is_code
+                else re.findall(r"^\(([\w-]+)\)=$", cell.source, re.M)
+            )
             for name in filter(None, names):
                 if name in seen:
                     yield chapter.path, cell.index, f"the label {name} is already used in {seen[name].name}"
@@ -565,7 +626,9 @@ def links(book: Book) -> Iterator[BookProblem]:
         keys |= set(re.findall(r"^@\w+\{([^,\s]+),", bib.read_text(encoding="utf-8"), re.MULTILINE))
     terms = set()
     for glossary in book.root.glob("book/glossary.md"):
-        terms = {line.strip().lower() for line in glossary.read_text(encoding="utf-8").splitlines() if re.match(r"^\S", line)}
+        terms = {
+            line.strip().lower() for line in glossary.read_text(encoding="utf-8").splitlines() if re.match(r"^\S", line)
+        }
     for path, parts in book.pages.items():
         for cell, part in parts:
             prose = _FENCE.sub(" ", part)
@@ -584,7 +647,9 @@ def links(book: Book) -> Iterator[BookProblem]:
                 if term.lower() not in terms:
                     yield path, cell, f"the glossary has no term {term}"
             for target in re.findall(r"(?<!!)\]\((?!https?:|mailto:|#|/)([^)#\s]+)", _INLINE_CODE.sub(" ", prose)):
-                if not (path.parent / target).exists() and not any((path.parent / f"{target}{s}").exists() for s in (".md", ".ipynb")):
+                if not (path.parent / target).exists() and not any(
+                    (path.parent / f"{target}{s}").exists() for s in (".md", ".ipynb")
+                ):
                     yield path, cell, f"the link {target} leads nowhere"
 
 
@@ -673,7 +738,10 @@ def main(arguments: list[str]) -> int:
         return 2
     chapters = [c for c in book.chapters if only is None or c.path in only]
     problems = [line for chapter in chapters for line in check_chapter(chapter)] + check_book(book, only)
-    print("\n".join(problems) or f"check: {len(chapters)} chapters, {len(book.pages)} pages, {len(book.files)} files: all gates pass")
+    print(
+        "\n".join(problems)
+        or f"check: {len(chapters)} chapters, {len(book.pages)} pages, {len(book.files)} files: all gates pass"
+    )
     if problems:
         print(f"check: {len(problems)} problems")
     return 1 if problems else 0

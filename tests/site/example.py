@@ -28,7 +28,11 @@ def png(width: int = 2, height: int = 2) -> str:
 def good_chapter(chapter: str = "04-gptq", version: str = "0.1.0") -> nbformat.NotebookNode:
     """A chapter in which nothing is true and everything is in its place."""
     colab = f"https://colab.research.google.com/github/lqedu/lqedu/blob/v{version}/book/chapters/{chapter}.ipynb"
-    cells = [new_markdown_cell(f"({chapter})=\n# A claim\n\nA promise.\n\n[Open in Colab]({colab}) · runs on a CPU · about 5 s")]
+    cells = [
+        new_markdown_cell(
+            f"({chapter})=\n# A claim\n\nA promise.\n\n[Open in Colab]({colab}) · runs on a CPU · about 5 s"
+        )
+    ]
 
     def text(source: str) -> None:
         cells.append(new_markdown_cell(source))
@@ -39,9 +43,7 @@ def good_chapter(chapter: str = "04-gptq", version: str = "0.1.0") -> nbformat.N
     for title in SPINE:
         body = SENTENCE * 4
         if title == "At a glance":
-            body = (
-                "**You will be able to** round. **You need** numbers. **You will build** a function. **Not covered**: more."
-            )
+            body = "**You will be able to** round. **You need** numbers. **You will build** a function. **Not covered**: more."
         elif title == "The problem, measured":
             body += "\n\n:::{admonition} Predict first\n:class: predict\nWhich is larger?\n:::"
         elif title == "The idea":
@@ -67,7 +69,10 @@ def good_chapter(chapter: str = "04-gptq", version: str = "0.1.0") -> nbformat.N
                 text(":::{solution-end}\n:::")
             continue
         elif title == "Further reading":
-            items = "\n".join(f"- {{cite:t}}`{key}`, a line." for key in ("frantar2023gptq", "lin2024awq", "chee2023quip", "badri2023hqq"))
+            items = "\n".join(
+                f"- {{cite:t}}`{key}`, a line."
+                for key in ("frantar2023gptq", "lin2024awq", "chee2023quip", "badri2023hqq")
+            )
             text(f"## {title}\n\n{items}\n\n**Next:** the end")
             continue
         text(f"## {title}\n\n{body}")
@@ -83,7 +88,9 @@ def good_chapter(chapter: str = "04-gptq", version: str = "0.1.0") -> nbformat.N
                     f"plot({n})",
                     picture,
                     mystnb={
-                        "image": {"alt": f"The error falls with every bit, from 0.4 at 2 bits to 0.01 at 8 bits, case {n}"},
+                        "image": {
+                            "alt": f"The error falls with every bit, from 0.4 at 2 bits to 0.01 at 8 bits, case {n}"
+                        },
                         "figure": {"name": f"fig-{chapter}-case-{n}", "caption": f"Error over bits, case {n}."},
                     },
                 )

@@ -22,7 +22,10 @@ def _open(chromium: Any, url: str, viewport: dict[str, int]) -> Iterator[tuple[A
     page = context.new_page()
     complaints: list[str] = []
     host = url.split("/book/")[0].split("/search")[0]
-    page.on("request", lambda r: complaints.append(f"asked for {r.url}") if not r.url.startswith((host, "data:", "blob:")) else None)
+    page.on(
+        "request",
+        lambda r: complaints.append(f"asked for {r.url}") if not r.url.startswith((host, "data:", "blob:")) else None,
+    )
     page.on("response", lambda r: complaints.append(f"{r.status} for {r.url}") if r.status >= 400 else None)
     page.on("pageerror", lambda e: complaints.append(str(e)) if not any(n in str(e) for n in KNOWN_NOISE) else None)
     try:
@@ -100,7 +103,9 @@ def test_moving_a_control_changes_the_picture(chapter: str, chromium: Any, addre
 
 
 def _picture(explorer: Any) -> str:
-    return explorer.evaluate("n => [...n.querySelectorAll('svg')].map(s => s.innerHTML).join('') + [...n.querySelectorAll('canvas')].map(c => c.toDataURL()).join('')")
+    return explorer.evaluate(
+        "n => [...n.querySelectorAll('svg')].map(s => s.innerHTML).join('') + [...n.querySelectorAll('canvas')].map(c => c.toDataURL()).join('')"
+    )
 
 
 def _move(control: Any) -> None:

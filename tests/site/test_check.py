@@ -197,7 +197,9 @@ def test_cleaning_removes_what_the_gates_refuse(tmp_path: Path) -> None:
         SPOILT[case][0](notebook)
     assert _problems(notebook, tmp_path)
     assert _problems(clean(notebook), tmp_path) == []
-    sized = new_output("display_data", {"image/png": ""}, metadata={"image/png": {"width": 640}, "needs_background": "light"})
+    sized = new_output(
+        "display_data", {"image/png": ""}, metadata={"image/png": {"width": 640}, "needs_background": "light"}
+    )
     notebook.cells[-1] = new_code_cell("1", outputs=[sized])
     assert clean(notebook).cells[-1].outputs[0].metadata == {"image/png": {"width": 640}}
 

@@ -48,14 +48,18 @@ def test_internal_links_lead_somewhere(page: str, html: Path) -> None:
             file = file / "index.html"
         assert file.is_file(), f"{page}: {target} does not exist"
         if parts.fragment and tag.name == "a" and file.suffix == ".html":
-            anchors = {t.get("id") for t in _soup(file).find_all(id=True)} | {t.get("name") for t in _soup(file).find_all("a")}
+            anchors = {t.get("id") for t in _soup(file).find_all(id=True)} | {
+                t.get("name") for t in _soup(file).find_all("a")
+            }
             assert unquote(parts.fragment) in anchors, f"{page}: {target} has no such anchor"
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_chapters_open_in_colab_and_download(chapter: str, html: Path) -> None:
     targets = [a["href"] for a in _soup(html / f"book/chapters/{chapter}.html").find_all("a", href=True)]
-    colab = re.compile(rf"https://colab\.research\.google\.com/github/lqedu/lqedu/blob/[\w.]+/book/chapters/{chapter}\.ipynb")
+    colab = re.compile(
+        rf"https://colab\.research\.google\.com/github/lqedu/lqedu/blob/[\w.]+/book/chapters/{chapter}\.ipynb"
+    )
     assert any(map(colab.fullmatch, targets)), "no Colab button"
     assert any(target.endswith(f"{chapter}.ipynb") and "://" not in target for target in targets), "no download button"
 

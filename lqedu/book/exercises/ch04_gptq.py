@@ -56,3 +56,23 @@ def _column_loss(fn):
         for i in range(columns):
             tail = torch.linalg.inv(h[i:][:, i:])
             expect_close(fn(h, i, 0.5), float(0.25 / tail[0, 0]), name=f"loss(i={i}, error=0.5)", atol=1e-8)
+
+
+@exercise("04-gptq.5", "predict the share of codes that GPTQ changes when the Hessian is diagonal")
+def _diagonal(answer):
+    assert isinstance(answer, tuple | list) and len(answer) == 2, "answer with a pair: (natural order, activation order)"
+    generator = torch.Generator().manual_seed(10)
+    w = torch.randn(6, 24, generator=generator, dtype=torch.float64)
+    h = torch.diag(torch.rand(24, generator=generator, dtype=torch.float64) * 9 + 0.1)
+    for got, order in zip(answer, ("natural", "activation"), strict=True):
+        want = gptq(w, h, IntGrid(3), order=order)[1].flips
+        assert abs(float(got) - want) < 1e-9, f"the share in {order} order is not {got}: what would have to travel, and along which entry of the inverse?"
+
+
+@exercise("04-gptq.6", "activation order by permuting the problem")
+def _activation_order(fn):
+    for rows, columns, seed in ((4, 16, 11), (7, 33, 12)):
+        w, h = _problem(rows, columns, seed)
+        h = h * torch.outer(*[torch.linspace(0.5, 3, columns, dtype=torch.float64)] * 2)  # largest inputs come last
+        want, _ = gptq(w, h, IntGrid(3), order="activation")
+        expect_equal(fn(w, h, IntGrid(3)).long(), want.codes.long(), name="codes")

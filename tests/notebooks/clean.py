@@ -18,9 +18,11 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "mystnb")})
         for output in cell.get("outputs", []):
-            if "data" in output:  # of its metadata, the size of a picture is part of how it looks
-                sizes = {k: v for k, v in output.get("metadata", {}).items() if k.startswith("image/")}
-                output["metadata"] = nbformat.from_dict(sizes)
+            if "data" in output:  # of its metadata: the size of a picture, and the name of a glued value
+                kept = {
+                    k: v for k, v in output.get("metadata", {}).items() if k.startswith("image/") or k == "scrapbook"
+                }
+                output["metadata"] = nbformat.from_dict(kept)
                 output["data"] = nbformat.from_dict(
                     {k: v for k, v in output["data"].items() if not k.startswith(_WIDGET)}
                 )

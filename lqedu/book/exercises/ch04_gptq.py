@@ -60,13 +60,17 @@ def _column_loss(fn):
 
 @exercise("04-gptq.5", "predict the share of codes that GPTQ changes when the Hessian is diagonal")
 def _diagonal(answer):
-    assert isinstance(answer, tuple | list) and len(answer) == 2, "answer with a pair: (natural order, activation order)"
+    assert isinstance(answer, tuple | list) and len(answer) == 2, (
+        "answer with a pair: (natural order, activation order)"
+    )
     generator = torch.Generator().manual_seed(10)
     w = torch.randn(6, 24, generator=generator, dtype=torch.float64)
     h = torch.diag(torch.rand(24, generator=generator, dtype=torch.float64) * 9 + 0.1)
     for got, order in zip(answer, ("natural", "activation"), strict=True):
         want = gptq(w, h, IntGrid(3), order=order)[1].flips
-        assert abs(float(got) - want) < 1e-9, f"the share in {order} order is not {got}: what would have to travel, and along which entry of the inverse?"
+        assert abs(float(got) - want) < 1e-9, (
+            f"the share in {order} order is not {got}: what would have to travel, and along which entry of the inverse?"
+        )
 
 
 @exercise("04-gptq.6", "activation order by permuting the problem")

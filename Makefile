@@ -79,8 +79,9 @@ model: $(VENV)/stamp-all
 	@echo "==> the embedded model (fetched once, then cached)"
 	$(BIN)/python -c 'import lqedu; lqedu.load_model("smollm2-135m")'
 
+# Two chapters at once, one thread each: threads that outnumber the cores wait for each other, several times over.
 notebooks: $(VENV)/stamp-all model
-	$(BIN)/python -m pytest -c tests/notebooks/pytest.ini --rootdir . book/chapters
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -c tests/notebooks/pytest.ini --rootdir . book/chapters
 
 # A build over old doctrees forgets their warnings, so they go first.
 site: $(VENV)/stamp-all

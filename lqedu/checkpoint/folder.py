@@ -22,9 +22,9 @@ from lqedu import __version__
 from lqedu.atomic import atomic_directory
 from lqedu.checkpoint.unfinished import save_safetensors
 from lqedu.errors import CheckpointError, GridError, UsageError
-from lqedu.formats import IntGrid
 from lqedu.rounding import RoundingReport
-from lqedu.runtime.linear import QuantLinear, empty_quantized, quantized_linears
+from lqedu.runtime.kinds import describe, layer_of, rebuild
+from lqedu.runtime.linear import quantized_linears
 
 RECORD = "lqedu.json"
 WEIGHTS = "model.safetensors"
@@ -60,11 +60,7 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
         "method": model.lqedu_method,
         "tied": tied,
         "layers": {
-            name: {
-                "grid": layer.grid.to_dict(),
-                "shape": [layer.out_features, layer.in_features],
-                "report": asdict(model.lqedu_reports[name]),
-            }
+            name: describe(layer.quantized) | {"report": asdict(model.lqedu_reports[name])}
             for name, layer in layers.items()
         },
     }
@@ -109,8 +105,7 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
     for name, layer in record["layers"].items():
         try:
             linear = model.get_submodule(name)
-            grid, shape = IntGrid.from_dict(layer["grid"]), tuple(layer["shape"])
-            frame = QuantLinear(empty_quantized(grid, shape), linear.bias)
+            frame = layer_of(rebuild(layer, None), linear.bias)
             reports[name] = RoundingReport(**layer["report"])
         except (AttributeError, KeyError, TypeError, GridError) as error:
             raise CheckpointError(f"{folder / RECORD}: layer {name!r} does not fit the model: {error}") from error

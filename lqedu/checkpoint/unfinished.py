@@ -6,9 +6,9 @@ activations behind them: it ends with the bytes an uninterrupted run would have 
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +18,25 @@ from torch import Tensor, nn
 from lqedu import __version__
 from lqedu.atomic import atomic_file
 from lqedu.errors import CheckpointError
-from lqedu.formats import IntGrid, QTensor
 from lqedu.models.load import weights_sha256
 from lqedu.rounding import RoundingReport
+from lqedu.runtime.kinds import describe, rebuild
 
 if TYPE_CHECKING:
     from lqedu.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Block:
+    """What became of one decoder block.
+
+    Attributes:
+        layers: stored weight and report of each linear, by name relative to the block.
+        changed: other tensors of the block that the method replaced (a norm that absorbed a scale), by name.
+    """
+
+    layers: dict[str, tuple[Any, RoundingReport]]
+    changed: dict[str, Tensor]
 
 
 class UnfinishedRun:
@@ -52,8 +65,8 @@ class UnfinishedRun:
                 "remove it to start afresh, or repeat the command that began it"
             )
 
-    def read(self, index: int) -> dict[str, tuple[QTensor, RoundingReport]] | None:
-        """The layers of block ``index``, or ``None`` where the block is not done."""
+    def read(self, index: int) -> "Block | None":
+        """What became of block ``index``, or ``None`` where the block is not done."""
         path = self._path(index)
         if not path.exists():
             return None
@@ -66,16 +79,15 @@ class UnfinishedRun:
         result = {}
         for name, meta in layers.items():
             packed = {key.removeprefix(name + ":"): t for key, t in tensors.items() if key.startswith(name + ":")}
-            quantized = QTensor.from_packed(packed, IntGrid.from_dict(meta["grid"]), tuple(meta["shape"]))
-            result[name] = (quantized, RoundingReport(**meta["report"]))
-        return result
+            result[name] = (rebuild(meta, packed), RoundingReport(**meta["report"]))
+        return Block(result, {key: tensor for key, tensor in tensors.items() if ":" not in key})
 
-    def write(self, index: int, layers: dict[str, tuple[QTensor, RoundingReport]]) -> None:
-        """Keep the layers of block ``index``."""
-        tensors, meta = {}, {}
-        for name, (quantized, report) in layers.items():
-            tensors |= {f"{name}:{key}": tensor.cpu() for key, tensor in quantized.packed().items()}
-            meta[name] = {"grid": quantized.grid.to_dict(), "shape": quantized.shape, "report": asdict(report)}
+    def write(self, index: int, block: "Block") -> None:
+        """Keep what became of block ``index``."""
+        tensors, meta = {name: tensor.cpu().contiguous() for name, tensor in block.changed.items()}, {}
+        for name, (weight, report) in block.layers.items():
+            tensors |= {f"{name}:{key}": tensor.cpu() for key, tensor in weight.packed().items()}
+            meta[name] = describe(weight) | {"report": asdict(report)}
         with atomic_file(self._path(index)) as temporary:
             save_safetensors(tensors, temporary, {"layers": json.dumps(meta)})
 

@@ -35,9 +35,13 @@ class ScaleConvention(Enum):
     #: ``a / (2**(b-1) - 1)`` = 1/7: +a is hit exactly, the code -8 is used only after compensation. QuaRot, QQQ per
     #: channel; int8: a/127 (SmoothQuant).
     MAX_CODE = "max_code"
+    #: ``2 * 2.4 * rms(w) / (2**b - 1)``: a range of 2.4 standard deviations to either side of zero, whatever the
+    #: largest weight; zero lies halfway between the two middle codes, so the zero point is a float. QuIP.
+    RMS = "rms"
 
 
 _SYMMETRIC = (ScaleConvention.FULL_RANGE, ScaleConvention.MAX_CODE)
+_RMS_RANGE = 2.4
 _MSE_POINTS, _MSE_SHRINK, _MSE_NORM = 100, 0.8, 2.4  # the reference GPTQ's search: 80 ranges down to 21 %, |error|^2.4
 
 
@@ -59,7 +63,10 @@ class IntGrid:
         symmetric: signed codes ``[-2**(b-1), 2**(b-1) - 1]`` with z = 0 that is not stored; otherwise unsigned codes
             ``[0, 2**b - 1]`` with a stored integer zero point.
         granularity: "tensor", "channel" (output rows) or "group" (``group_size`` consecutive inputs of a row).
-        group_size: inputs that share a scale; must divide the inputs; only with granularity "group".
+        group_size: weights that share a scale; must divide the inputs (outputs for axis 0); only with "group".
+        axis: 1 for groups of consecutive inputs of a row, 0 for groups of consecutive outputs of a column.
+        zero_point: "integer" stores a code of ``bits`` bits, so that zero is a grid point where the range holds it;
+            "float" stores ``z`` in ``scale_dtype``.
         convention: formula of the scale; ``None`` means MINMAX_ZERO (asymmetric) or FULL_RANGE (symmetric).
         scale_dtype: dtype in which scales are stored. Scales are rounded to it *before* codes are computed.
         search: "none" takes the range of the data; "mse" shrinks it to the range with the least sum of
@@ -73,6 +80,8 @@ class IntGrid:
     symmetric: bool = False
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
+    axis: Literal[0, 1] = 1
+    zero_point: Literal["integer", "float"] = "integer"
     convention: ScaleConvention | None = None
     scale_dtype: torch.dtype = torch.float16
     search: Literal["none", "mse"] = "none"
@@ -86,6 +95,12 @@ class IntGrid:
             raise GridError(f"granularity 'group' needs a positive group_size, got {self.group_size!r}")
         if self.granularity != "group" and self.group_size is not None:
             raise GridError(f"group_size={self.group_size} needs granularity='group', got {self.granularity!r}")
+        if self.axis not in (0, 1) or (self.axis == 0 and self.granularity != "group"):
+            raise GridError(f"axis is 0 or 1, and 0 needs granularity='group', got axis={self.axis!r}")
+        if self.zero_point not in ("integer", "float"):
+            raise GridError(f"zero_point is 'integer' or 'float', got {self.zero_point!r}")
+        if self.symmetric and self.zero_point == "float":
+            raise GridError("a symmetric grid has no zero point; zero_point='float' needs symmetric=False")
         if self.search not in ("none", "mse"):
             raise GridError(f"search is 'none' or 'mse', got {self.search!r}")
         if self.scale_dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -99,6 +114,8 @@ class IntGrid:
             kind = "symmetric" if self.symmetric else "asymmetric"
             choices = [c.name for c in ScaleConvention if (c in _SYMMETRIC) == self.symmetric]
             raise GridError(f"{self.convention.name} does not fit a {kind} grid; choose {' or '.join(choices)}")
+        if self.convention is ScaleConvention.RMS and (self.zero_point != "float" or self.search != "none"):
+            raise GridError("the convention RMS has a float zero point and no search")
 
     # --- the codes -----------------------------------------------------------------------------------------------
 
@@ -122,31 +139,45 @@ class IntGrid:
         """int8 for signed codes, uint8 for unsigned ones."""
         return torch.int8 if self.symmetric else torch.uint8
 
+    @property
+    def zero_dtype(self) -> torch.dtype:
+        """uint8 for integer zero points, ``scale_dtype`` for float ones."""
+        return self.scale_dtype if self.zero_point == "float" else torch.uint8
+
     # --- shapes and storage --------------------------------------------------------------------------------------
 
     def columns_per_scale(self, columns: int) -> int:
-        """How many consecutive inputs of a row share a scale, for rows of ``columns`` inputs."""
+        """How many consecutive inputs of a row share a scale, for rows of ``columns`` inputs.
+
+        Raises:
+            GridError: groups run along the outputs, so that no two inputs of a row share a scale.
+        """
+        if self.axis == 0:
+            raise GridError("this algorithm rounds column by column and needs groups along the inputs; use axis=1")
         return self.group_size if self.granularity == "group" else columns
 
     def scale_shape(self, weight_shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of the scale (and zero point) of a weight of shape ``[out, in]``.
 
         Raises:
-            GridError: the weight is not two-dimensional, is empty, or the group size does not divide its inputs.
+            GridError: the weight is not two-dimensional, is empty, or the group size does not divide its inputs
+                (its outputs for axis 0).
         """
         if len(weight_shape) != 2 or 0 in weight_shape:
             raise GridError(f"a weight has shape [out, in] with both at least 1, got {list(weight_shape)}")
         rows, columns = weight_shape
         if self.granularity == "tensor":
             return (1, 1)
-        group = self.columns_per_scale(columns)
-        if columns % group:
-            divisors = [g for g in (128, 64, 32, 16, 8) if columns % g == 0]
+        if self.granularity == "channel":
+            return (rows, 1)
+        length, what = (columns, "inputs") if self.axis == 1 else (rows, "outputs")
+        if length % self.group_size:
+            divisors = [g for g in (128, 64, 32, 16, 8) if length % g == 0]
             raise GridError(
-                f"group_size {group} does not divide the {columns} inputs of a weight {list(weight_shape)}; "
+                f"group_size {self.group_size} does not divide the {length} {what} of a weight {list(weight_shape)}; "
                 f"use {' or '.join(map(str, divisors)) or 'per-channel scales'}"
             )
-        return (rows, columns // group)
+        return (rows, columns // self.group_size) if self.axis == 1 else (rows // self.group_size, columns)
 
     def nbytes(self, weight_shape: tuple[int, int]) -> int:
         """Bytes of the packed codes, the scales and the packed zero points of a weight ``[out, in]``.
@@ -158,8 +189,13 @@ class IntGrid:
         scale_rows, scale_columns = self.scale_shape(weight_shape)
         codes = rows * packed_width(columns, self.bits)
         scales = scale_rows * scale_columns * self.scale_dtype.itemsize
-        zeros = 0 if self.symmetric else scale_rows * packed_width(scale_columns, self.bits)
-        return codes + scales + zeros
+        if self.symmetric:
+            return codes + scales
+        return (
+            codes
+            + scales
+            + (scales if self.zero_point == "float" else scale_rows * packed_width(scale_columns, self.bits))
+        )
 
     def bits_per_weight(self, weight_shape: tuple[int, int]) -> float:
         """Stored bits per weight, scales and zero points counted.
@@ -178,21 +214,24 @@ class IntGrid:
             weight: ``[out, in]``, a floating dtype; computed in float32, or float64 if it is float64.
 
         Returns:
-            ``(scale, zero)`` of :meth:`scale_shape`; the scale in ``scale_dtype``, the zero point uint8 (``None`` for a
-            symmetric grid). A group of zeros gets scale 1, so that it decodes to zeros.
+            ``(scale, zero)`` of :meth:`scale_shape`; the scale in ``scale_dtype``, the zero point in ``zero_dtype``
+            (``None`` for a symmetric grid). A group of zeros gets scale 1, so that it decodes to zeros.
 
         Raises:
             GridError: weights that are not finite, not floating point, or whose scale overflows ``scale_dtype``.
         """
         check_weight(weight)
-        x = self._grouped(_working(weight))  # [rows, groups, g]
+        x = self._grouped(_working(weight))  # [..., g], leading axes as scale_shape
+        if self.convention is ScaleConvention.RMS:
+            hi = _RMS_RANGE * x.square().mean(-1).sqrt()
+            return self._scale_and_zero(-hi, hi)
         lo, hi = x.amin(-1), x.amax(-1)
         if self.search == "mse":
             lo, hi = self._search(x, lo, hi)
         return self._scale_and_zero(lo, hi)
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """Nearest codes, ``clamp(round(w / s) + z)``; ties go to the even integer.
+        """Nearest codes, see :meth:`nearest_code`.
 
         Args:
             weight: ``[out, in]``.
@@ -204,13 +243,16 @@ class IntGrid:
         x = self._grouped(_working(weight))
         z = 0 if zero is None else zero.to(x.dtype).unsqueeze(-1)
         q = self.nearest_code(x, scale.to(x.dtype).unsqueeze(-1), z)
-        return q.to(self.code_dtype).reshape(weight.shape)
+        return self._ungrouped(q.to(self.code_dtype), weight.shape)
 
     def nearest_code(self, w: Tensor, s: Tensor, z: Tensor | float) -> Tensor:
-        """``clamp(round(w / s) + z)`` for a scale and zero point that broadcast against ``w``; codes in w's dtype.
+        """``clamp(round(w / s) + z)``, or ``clamp(round(w / s + z))`` for a float ``z``; ties go to the even integer.
 
-        The rule itself, for callers that keep scales in the dtype they compute in; :meth:`encode` is the usual way in.
+        ``s`` and ``z`` broadcast against ``w``, and the codes come in w's dtype: the rule itself, for callers that keep
+        scales in the dtype they compute in. :meth:`encode` is the usual way in.
         """
+        if self.zero_point == "float":
+            return (w / s).add_(z).round_().clamp_(self.code_min, self.code_max)
         return torch.round(w / s).add_(z).clamp_(self.code_min, self.code_max)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -218,11 +260,18 @@ class IntGrid:
         q = self._grouped(codes).to(dtype)
         if zero is not None:
             q = q - zero.to(dtype).unsqueeze(-1)
-        return (q * scale.to(dtype).unsqueeze(-1)).reshape(codes.shape)
+        return self._ungrouped(q * scale.to(dtype).unsqueeze(-1), codes.shape)
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """View ``[out, in]`` as ``[rows, groups, g]``, where each last axis shares one scale."""
-        return x.reshape(*self.scale_shape(tuple(x.shape)), -1)
+        """``[out, in]`` with the leading axes of the scale and the weights that share one along the last axis."""
+        rows, columns = self.scale_shape(tuple(x.shape))
+        if self.axis == 0:
+            return x.reshape(rows, self.group_size, columns).transpose(1, 2)
+        return x.reshape(rows, columns, -1)
+
+    def _ungrouped(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Inverse of :meth:`_grouped`."""
+        return (x.transpose(1, 2) if self.axis == 0 else x).reshape(shape)
 
     def _scale_and_zero(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.symmetric:
@@ -242,8 +291,21 @@ class IntGrid:
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         if self.symmetric:
             return scale, None
+        if self.zero_point == "float":
+            return self._float_zero(lo, scale)
         zero = torch.round(-lo / scale.to(lo.dtype)).clamp_(0, self.code_max).to(torch.uint8)
         return scale, zero
+
+    def _float_zero(self, lo: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``z = -lo / s`` in ``scale_dtype``, so that ``lo`` decodes from code 0.
+
+        A group much narrower than its distance from zero has a ``z`` whose own rounding error, relative to a step, is
+        too large: such a group is stored as the constant it nearly is.
+        """
+        zero = -lo / scale.to(lo.dtype)
+        constant = zero.abs() > 0.25 / torch.finfo(self.scale_dtype).eps
+        zero = torch.where(constant, -lo, zero).to(self.scale_dtype)
+        return torch.where(constant, torch.ones_like(scale), scale), zero
 
     def _search(self, x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """The shrunk range of each group with the least sum of |error|^2.4."""
@@ -253,8 +315,9 @@ class IntGrid:
         for i in range(int(_MSE_SHRINK * _MSE_POINTS)):
             p = 1 - i / _MSE_POINTS
             scale, zero = self._scale_and_zero(p * lo, p * hi)
-            w_hat = self.decode(self.encode(x.flatten(1), scale, zero), scale, zero, x.dtype).reshape(x.shape)
-            error = (w_hat - x).abs().pow_(_MSE_NORM).sum(-1)
+            s, z = (None if t is None else t.to(x.dtype).unsqueeze(-1) for t in (scale, zero))
+            q = self.nearest_code(x, s, 0 if z is None else z)
+            error = (s * (q if z is None else q - z) - x).abs().pow_(_MSE_NORM).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
             best_lo, best_hi = torch.where(better, p * lo, best_lo), torch.where(better, p * hi, best_hi)

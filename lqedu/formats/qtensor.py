@@ -29,7 +29,7 @@ class QTensor:
     Attributes:
         codes: int8 (symmetric) or uint8, ``[out, in]``, one code an element; :meth:`packed` gives the stored bytes.
         scale: ``grid.scale_shape(codes.shape)``, in ``grid.scale_dtype``.
-        zero: uint8 of the same shape, ``None`` for a symmetric grid.
+        zero: of the same shape in ``grid.zero_dtype``, ``None`` for a symmetric grid.
         grid: the grid.
     """
 
@@ -49,8 +49,18 @@ class QTensor:
             )
         if (self.zero is None) != self.grid.symmetric:
             raise GridError("an asymmetric grid has zero points and a symmetric one has none")
-        if self.zero is not None and tuple(self.zero.shape) != want:
-            raise GridError(f"zero points of this grid have shape {want}, got {tuple(self.zero.shape)}")
+        if self.zero is not None and (tuple(self.zero.shape) != want or self.zero.dtype != self.grid.zero_dtype):
+            raise GridError(
+                f"zero points of this grid have shape {want} and dtype {self.grid.zero_dtype}, "
+                f"got {tuple(self.zero.shape)} and {self.zero.dtype}"
+            )
+
+    @classmethod
+    def empty(cls, grid: IntGrid, shape: tuple[int, int]) -> "QTensor":
+        """A weight of zeros: the frame that a checkpoint's tensors are loaded into."""
+        scale = torch.ones(grid.scale_shape(shape), dtype=grid.scale_dtype)
+        zero = None if grid.symmetric else torch.zeros(grid.scale_shape(shape), dtype=grid.zero_dtype)
+        return cls(torch.zeros(shape, dtype=grid.code_dtype), scale, zero, grid)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,13 +82,18 @@ class QTensor:
         return self.grid.decode(self.codes, self.scale, self.zero, dtype)
 
     def packed(self) -> dict[str, Tensor]:
-        """The stored tensors: ``codes`` (uint8 bit stream), ``scale`` and, if asymmetric, ``zero`` (uint8 bit stream).
+        """The stored tensors: ``codes`` (uint8 bit stream), ``scale`` and, if asymmetric, ``zero``.
+
+        Integer zero points are a uint8 bit stream too; float ones stay as they are.
 
         Their sizes add up to :attr:`nbytes`. :meth:`from_packed` is the inverse.
         """
         unsigned = (self.codes.to(torch.int16) - self.grid.code_min).to(torch.uint8)
         tensors = {"codes": pack(unsigned, self.grid.bits), "scale": self.scale.contiguous()}
-        return tensors if self.zero is None else tensors | {"zero": pack(self.zero, self.grid.bits)}
+        if self.zero is None:
+            return tensors
+        zero = self.zero.contiguous() if self.grid.zero_point == "float" else pack(self.zero, self.grid.bits)
+        return tensors | {"zero": zero}
 
     @classmethod
     def from_packed(cls, tensors: dict[str, Tensor], grid: IntGrid, shape: tuple[int, int]) -> "QTensor":
@@ -95,5 +110,7 @@ class QTensor:
             raise GridError(f"packed codes of shape {tuple(tensors['codes'].shape)} do not fit a weight {list(shape)}")
         unsigned = unpack(tensors["codes"], grid.bits, columns)
         codes = (unsigned.to(torch.int16) + grid.code_min).to(grid.code_dtype)
-        zero = None if grid.symmetric else unpack(tensors["zero"], grid.bits, grid.scale_shape(shape)[1])
+        zero = tensors.get("zero")
+        if zero is not None and grid.zero_point == "integer":
+            zero = unpack(zero, grid.bits, grid.scale_shape(shape)[1])
         return cls(codes, tensors["scale"], zero, grid)

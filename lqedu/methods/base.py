@@ -1,12 +1,14 @@
 """A method is one answer to each of four questions; the registry of methods is the book's summary table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lqedu.errors import UsageError
-from lqedu.formats import IntGrid, QTensor
+from lqedu.formats import IntGrid
+from lqedu.models.anatomy import Stage
 from lqedu.rounding import RoundingReport
 
 _REGISTRY: dict[str, type["Method"]] = {}
@@ -34,6 +36,10 @@ class Method:
     """Base of every method: frozen hyper-parameters with the published defaults, plus what the table says of it.
 
     A subclass names itself and is found by :func:`available`; its dataclass fields are its hyper-parameters.
+
+    ``needs_calibration`` asks for token windows and ``needs_hessian`` for each linear's Hessian as well. With
+    ``calibrates_on="quantized"`` a block sees what the quantized blocks before it put out, with "dense" what the dense
+    ones would.
     """
 
     name: ClassVar[str]
@@ -43,13 +49,34 @@ class Method:
     answers: ClassVar[Answers]
     quantizes: ClassVar[tuple[str, ...]] = ("weights",)
     needs_calibration: ClassVar[bool]
+    needs_hessian: ClassVar[bool] = False
+    calibrates_on: ClassVar[Literal["quantized", "dense"]] = "quantized"
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):  # abstract bases such as WeightOnly carry no name
             _REGISTRY[cls.name] = cls
 
-    def quantize_linear(self, weight: Tensor, hessian: Tensor | None) -> tuple[QTensor, RoundingReport]:
-        """Quantize one linear layer ``[out, in]``; ``hessian`` is ``None`` for a method that needs no data."""
+    def prepare_block(
+        self, block: nn.Module, stages: tuple[Stage, ...], hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Move the difficulty inside a dense block, before its linears are rounded; its function must not change.
+
+        Args:
+            block: a decoder block whose parameters may be replaced, but not changed in place.
+            stages: its linears, in the order they run.
+            hidden, kwargs: the block's calibration inputs, see :func:`lqedu.calibration.capture.run_block`.
+
+        Returns:
+            The parameters that were replaced, by name relative to the block, the weights of its linears left out.
+        """
+        return {}
+
+    def quantize_linear(self, weight: Tensor, hessian: Tensor | None) -> tuple[Any, RoundingReport]:
+        """Quantize one linear layer ``[out, in]``; ``hessian`` is ``None`` unless ``needs_hessian``.
+
+        Returns:
+            A stored weight of one of the kinds in :mod:`lqedu.runtime.kinds`, and a report.
+        """
         raise NotImplementedError
 
     def check_shape(self, shape: tuple[int, int]) -> None:

@@ -39,6 +39,7 @@ class GPTQ(WeightOnly):
         run="W4A16: dequantize, then FP16 GEMM",
     )
     needs_calibration: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     damping: float = 0.01
     block_size: int = 128

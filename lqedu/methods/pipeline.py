@@ -11,25 +11,24 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lqedu.calibration.capture import block_inputs, run_block
-from lqedu.checkpoint.unfinished import UnfinishedRun
+from lqedu.checkpoint.unfinished import Block, UnfinishedRun
 from lqedu.errors import CalibrationError, LqeduError, NotPositiveDefiniteError, UsageError
-from lqedu.formats import QTensor
 from lqedu.formats.integer import check_weight
 from lqedu.linalg.hessian import HessianAccumulator
 from lqedu.methods.base import Method
 from lqedu.models.anatomy import Stage, block_list, describe, linears
 from lqedu.rounding import RoundingReport
-from lqedu.runtime.linear import QuantLinear, quantized_linears
+from lqedu.runtime.kinds import layer_of
+from lqedu.runtime.linear import quantized_linears
 
 MAX_ATTEMPTS = 3  # the damping asked for, and twice ten times more
-
-Layers = dict[str, tuple[QTensor, RoundingReport]]  # by name relative to the block
 
 
 def quantize(
@@ -68,17 +67,23 @@ def quantize(
     with tqdm(total=len(linears(model)), desc=method.title, unit="layer", disable=not progress) as bar:
         for index, block in enumerate(block_list(result)):
             prefix = f"{anatomy.blocks}.{index}."
-            layers = unfinished.read(index) if unfinished else None
-            if layers is None:
-                layers, hidden = _quantize_block(block, anatomy.stages, method, hidden, kwargs, prefix, bar.update)
-                _install(block, layers)
+            done = unfinished.read(index) if unfinished else None
+            dense_output = run_block(block, hidden, kwargs) if method.calibrates_on == "dense" else None
+            if done is None:
+                done, output = _quantize_block(block, anatomy.stages, method, hidden, kwargs, prefix, bar.update)
+                _install(block, done)
                 if unfinished:
-                    unfinished.write(index, layers)
+                    unfinished.write(index, done)
             else:
-                _install(block, layers)
-                hidden = None if hidden is None else run_block(block, hidden, kwargs)
-                bar.update(len(layers))
-            result.lqedu_reports |= {prefix + name: report for name, (_, report) in layers.items()}
+                _install(block, done)
+                output = (
+                    run_block(block, hidden, kwargs)
+                    if method.calibrates_on == "quantized" and hidden is not None
+                    else None
+                )
+                bar.update(len(done.layers))
+            hidden = output if dense_output is None else dense_output
+            result.lqedu_reports |= {prefix + name: report for name, (_, report) in done.layers.items()}
     return result
 
 
@@ -129,9 +134,9 @@ def _quantize_block(
     kwargs: dict,
     prefix: str,
     tick: Callable[[int], object],
-) -> tuple[Layers, Tensor | None]:
-    """Quantize the linears of one block; returns them and the block's outputs behind quantized weights."""
-    layers: Layers = {}
+) -> tuple[Block, Tensor | None]:
+    """Quantize the linears of one block; returns them and, where calibration needs it, the quantized block's output."""
+    layers: dict[str, tuple[Any, RoundingReport]] = {}
 
     def quantize_stage(stage: Stage, hessian: Tensor | None) -> None:
         for name in stage.linears:
@@ -142,10 +147,12 @@ def _quantize_block(
             linear.weight = nn.Parameter(w_hat, requires_grad=False)  # of our copy: the caller's tensor stays
             tick(1)
 
-    if not method.needs_calibration:
+    changed = {} if hidden is None else method.prepare_block(block, stages, hidden, kwargs)
+    if not method.needs_hessian:
         for stage in stages:
             quantize_stage(stage, None)
-        return layers, None
+        wanted = hidden is not None and method.calibrates_on == "quantized"
+        return Block(layers, changed), run_block(block, hidden, kwargs) if wanted else None
 
     if getattr(method, "true_sequential", True):
         # Quantize each stage inside the one forward pass, just before its first linear runs.
@@ -158,7 +165,7 @@ def _quantize_block(
 
         visit = {name: visitor(stage) for stage in stages for name in stage.linears}
         hidden = run_block(block, hidden, kwargs, visit=visit)
-        return {name: layers[name] for stage in stages for name in stage.linears}, hidden
+        return Block({name: layers[name] for stage in stages for name in stage.linears}, changed), hidden
 
     # Otherwise one pass through the dense block for all Hessians, and one behind the quantized weights.
     hessians: dict[str, Tensor] = {}
@@ -168,7 +175,7 @@ def _quantize_block(
     run_block(block, hidden, kwargs, visit=collect)
     for stage in stages:
         quantize_stage(stage, hessians[stage.linears[0]])
-    return layers, run_block(block, hidden, kwargs)
+    return Block(layers, changed), run_block(block, hidden, kwargs)
 
 
 def _hessian(x: Tensor) -> Tensor:
@@ -177,12 +184,12 @@ def _hessian(x: Tensor) -> Tensor:
     return accumulator.result()
 
 
-def _with_retries(method: Method, weight: Tensor, hessian: Tensor | None) -> tuple[QTensor, RoundingReport]:
+def _with_retries(method: Method, weight: Tensor, hessian: Tensor | None) -> tuple[Any, RoundingReport]:
     """Raise the damping tenfold, at most twice, where a Hessian cannot be factored; the report says so."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            quantized, report = method.quantize_linear(weight, hessian)
-            return quantized, dataclasses.replace(report, attempts=attempt)
+            stored, report = method.quantize_linear(weight, hessian)
+            return stored, dataclasses.replace(report, attempts=attempt)
         except NotPositiveDefiniteError:
             if attempt == MAX_ATTEMPTS:
                 raise
@@ -199,11 +206,14 @@ def _context(name: str, weight: Tensor, method: Method) -> Iterator[None]:
         raise type(error)(f"{name} {list(weight.shape)}, {method.title}: {error}") from error
 
 
-def _install(block: nn.Module, layers: Layers) -> None:
-    """Replace the linears of a block by layers that keep packed codes."""
-    for name, (quantized, _) in layers.items():
+def _install(block: nn.Module, done: Block) -> None:
+    """Replace the linears of a block by layers that keep packed codes, and the other tensors that were changed."""
+    for name, tensor in done.changed.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(block.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    for name, (stored, _) in done.layers.items():
         linear = block.get_submodule(name)
-        block.set_submodule(name, QuantLinear(quantized, linear.bias))
+        block.set_submodule(name, layer_of(stored, linear.bias))
 
 
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:

@@ -151,7 +151,7 @@ def _empty_grid(grid: IntGrid, w: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points to be filled in by the sweep."""
     shape = grid.scale_shape(tuple(w.shape))
     scale = torch.ones(shape, dtype=grid.scale_dtype, device=w.device)
-    return scale, None if grid.symmetric else torch.zeros(shape, dtype=torch.uint8, device=w.device)
+    return scale, None if grid.symmetric else torch.zeros(shape, dtype=grid.zero_dtype, device=w.device)
 
 
 def check_schedule(grid: IntGrid, block_size: int, order: str) -> None:

@@ -3,17 +3,16 @@
 Derived in chapter ``02-grids``. This is the reference path, plain PyTorch on any device: unpack, dequantize, multiply.
 """
 
-import torch
 from torch import Tensor, nn
 
-from lqedu.formats import IntGrid, QTensor
+from lqedu.formats import QTensor
 
 
 class QuantLinear(nn.Module):
     """``y = x ŵ^T + bias`` with ``ŵ`` stored as packed codes, scales and zero points.
 
     Buffers: ``codes`` uint8 ``[out, packed_width(in, bits)]``, ``scale`` ``grid.scale_shape``, and for an asymmetric
-    grid ``zero``, uint8, packed along the groups. ``bias`` stays as it was.
+    grid ``zero``: uint8, packed along the groups, or float zero points as they are. ``bias`` stays as it was.
     """
 
     def __init__(self, quantized: QTensor, bias: Tensor | None = None) -> None:
@@ -45,19 +44,13 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Move with the model, but keep the stored bits: ``model.bfloat16()`` must not re-round the scales."""
-        scale = self.scale
+        stored = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor.to(self.get_buffer(name).device))
         return self
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized layers of a model by their dotted names, in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def empty_quantized(grid: IntGrid, shape: tuple[int, int]) -> QTensor:
-    """A quantized weight of zeros, the frame that a checkpoint's tensors are loaded into."""
-    scale = torch.ones(grid.scale_shape(shape), dtype=grid.scale_dtype)
-    zero = None if grid.symmetric else torch.zeros(grid.scale_shape(shape), dtype=torch.uint8)
-    return QTensor(torch.zeros(shape, dtype=grid.code_dtype), scale, zero, grid)

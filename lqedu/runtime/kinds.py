@@ -1,0 +1,55 @@
+"""Kinds of stored weights: what describes one in JSON, what holds its tensors, and what runs it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lqedu.errors import GridError
+from lqedu.formats import IntGrid, QTensor
+from lqedu.runtime.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Three classes that belong together.
+
+    Attributes:
+        grid: a frozen description with ``to_dict``, ``from_dict`` and ``nbytes``.
+        weight: its tensors, with ``packed``, ``from_packed`` and ``empty``.
+        layer: the linear layer that keeps them.
+    """
+
+    grid: type
+    weight: type
+    layer: type[QuantLinear]
+
+
+KINDS: dict[str, Kind] = {"integer": Kind(IntGrid, QTensor, QuantLinear)}
+
+
+def layer_of(weight: Any, bias: Tensor | None) -> QuantLinear:
+    """The linear layer that runs a stored weight."""
+    return KINDS[_name(weight.grid)].layer(weight, bias)
+
+
+def describe(weight: Any) -> dict[str, Any]:
+    """All of a stored weight but its tensors, as JSON can store it; inverse: :func:`rebuild`."""
+    return {"kind": _name(weight.grid), "grid": weight.grid.to_dict(), "shape": list(weight.shape)}
+
+
+def rebuild(description: dict[str, Any], tensors: dict[str, Tensor] | None) -> Any:
+    """A stored weight from :func:`describe` and its packed tensors, or a frame of zeros where these are ``None``.
+
+    Raises:
+        GridError: a kind that is not known, or tensors that do not fit the description.
+    """
+    if description.get("kind") not in KINDS:
+        raise GridError(f"unknown kind of weight {description.get('kind')!r}; known: {', '.join(KINDS)}")
+    kind = KINDS[description["kind"]]
+    grid, shape = kind.grid.from_dict(description["grid"]), tuple(description["shape"])
+    return kind.weight.empty(grid, shape) if tensors is None else kind.weight.from_packed(tensors, grid, shape)
+
+
+def _name(grid: Any) -> str:
+    return next(name for name, kind in KINDS.items() if type(grid) is kind.grid)

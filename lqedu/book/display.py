@@ -95,7 +95,8 @@ class Table:
             # Inline styles, because a notebook carries no style sheet to Colab; the colours are the theme's.
             side = "right;font-variant-numeric:tabular-nums" if numeric else "left"
             weight = ";font-weight:600" if scope == ' scope="col"' else ";font-weight:normal" if scope else ""
-            style = f"text-align:{side};padding:.3em .7em;border-bottom:{line};background:none{weight}"
+            together = ";white-space:nowrap" if "±" in text else ""  # a value and its error stay on one line
+            style = f"text-align:{side};padding:.3em .7em;border-bottom:{line};background:none{weight}{together}"
             return f'<{tag}{scope} style="{style}">{html.escape(text)}</{tag}>'
 
         pairs = list(zip(self.headers, self.numeric, strict=True))

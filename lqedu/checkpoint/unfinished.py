@@ -96,11 +96,12 @@ class UnfinishedRun:
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """``safetensors.torch.save_file`` that reports a full disk as the OSError it is."""
+    """``safetensors.torch.save_file`` that reports a full disk as the OSError it is; others may read the file."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # the Rust side wraps I/O errors in its own type
         raise OSError(str(error)) from error
+    path.chmod(0o644)  # safetensors writes through a private temporary file: 0600 would stay
 
 
 def _identity(model: nn.Module, method: "Method", calibration: Tensor | None) -> dict:

@@ -28,3 +28,8 @@ def assert_close_by_column(got: Tensor, want: Tensor, bound: float) -> None:
     error = (got - want).norm(dim=0) / want.norm(dim=0).clamp(min=1e-12)
     worst = int(error.argmax())
     assert float(error[worst]) <= bound, f"column {worst} is off by {float(error[worst]):.3g}, bound {bound:.3g}"
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """``‖got - want‖ / ‖want‖`` over all elements, in float64."""
+    return float((got.double() - want.double()).norm() / want.double().norm())

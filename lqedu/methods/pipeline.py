@@ -6,7 +6,6 @@ every layer is calibrated on what it will really see, each sub-module of a block
 and its activations. Chapter ``04-gptq``.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from lqedu.formats.integer import check_weight
 from lqedu.linalg.hessian import HessianAccumulator
 from lqedu.methods.base import Method
 from lqedu.models.anatomy import Stage, block_list, describe, linears
+from lqedu.models.copying import copy_sharing_tensors
 from lqedu.rounding import RoundingReport
 from lqedu.runtime.kinds import layer_of
 from lqedu.runtime.linear import quantized_linears
@@ -59,7 +59,7 @@ def quantize(
     """
     anatomy = describe(model)
     check_request(model, method, calibration)
-    result = _copy_sharing_tensors(model)
+    result = copy_sharing_tensors(model)
     result.lqedu_method = {"name": method.name, "options": method.options()}
     result.lqedu_reports = {}
     unfinished = None if resume_dir is None else UnfinishedRun(resume_dir, model, method, calibration)
@@ -214,9 +214,3 @@ def _install(block: nn.Module, done: Block) -> None:
     for name, (stored, _) in done.layers.items():
         linear = block.get_submodule(name)
         block.set_submodule(name, layer_of(stored, linear.bias))
-
-
-def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """New modules around the same tensors: replacing a layer of the copy leaves the model alone, at no memory."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})

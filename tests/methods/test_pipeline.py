@@ -97,7 +97,7 @@ def test_each_submodule_runs_once_in_a_calibration_pass(monkeypatch: pytest.Monk
                 module.register_forward_hook(lambda *_, n=name: calls.update({n: calls.get(n, 0) + 1}))
         return result
 
-    monkeypatch.setattr(pipeline_module, "_copy_sharing_tensors", counting_copy)
+    monkeypatch.setattr(pipeline_module, "copy_sharing_tensors", counting_copy)
     quantize(model, GPTQ(bits=4, group_size=32), windows)
     in_blocks = {name: count for name, count in calls.items() if name.startswith("model.layers.")}
     assert in_blocks

@@ -23,6 +23,7 @@ from lqedu.atomic import atomic_directory
 from lqedu.checkpoint.unfinished import save_safetensors
 from lqedu.errors import CheckpointError, GridError, UsageError
 from lqedu.rounding import RoundingReport
+from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.kinds import describe, layer_of, rebuild
 from lqedu.runtime.linear import quantized_linears
 
@@ -60,7 +61,8 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
         "method": model.lqedu_method,
         "tied": tied,
         "layers": {
-            name: describe(layer.quantized) | {"report": asdict(model.lqedu_reports[name])}
+            name: describe(layer.quantized)
+            | {"input": layer.path.to_dict(), "report": asdict(model.lqedu_reports[name])}
             for name, layer in layers.items()
         },
     }
@@ -105,7 +107,7 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
     for name, layer in record["layers"].items():
         try:
             linear = model.get_submodule(name)
-            frame = layer_of(rebuild(layer, None), linear.bias)
+            frame = layer_of(rebuild(layer, None), linear.bias, InputPath.from_dict(layer["input"]))
             reports[name] = RoundingReport(**layer["report"])
         except (AttributeError, KeyError, TypeError, GridError) as error:
             raise CheckpointError(f"{folder / RECORD}: layer {name!r} does not fit the model: {error}") from error

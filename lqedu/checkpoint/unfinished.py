@@ -20,6 +20,7 @@ from lqedu.atomic import atomic_file
 from lqedu.errors import CheckpointError
 from lqedu.models.load import weights_sha256
 from lqedu.rounding import RoundingReport
+from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.kinds import describe, rebuild
 
 if TYPE_CHECKING:
@@ -27,15 +28,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What became of one linear layer: everything its quantized module is made of, and a report.
+
+    Attributes:
+        weight: a stored weight, see :mod:`lqedu.runtime.kinds`.
+        report: what the rounding did.
+        path: what happens to the input before the product.
+        static: scale and zero point of the input's grid where they come from calibration.
+    """
+
+    weight: Any
+    report: RoundingReport
+    path: InputPath
+    static: tuple[Tensor, Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
 class Block:
     """What became of one decoder block.
 
     Attributes:
-        layers: stored weight and report of each linear, by name relative to the block.
+        layers: each linear, by name relative to the block.
         changed: other tensors of the block that the method replaced (a norm that absorbed a scale), by name.
     """
 
-    layers: dict[str, tuple[Any, RoundingReport]]
+    layers: dict[str, Layer]
     changed: dict[str, Tensor]
 
 
@@ -79,15 +97,18 @@ class UnfinishedRun:
         result = {}
         for name, meta in layers.items():
             packed = {key.removeprefix(name + ":"): t for key, t in tensors.items() if key.startswith(name + ":")}
-            result[name] = (rebuild(meta, packed), RoundingReport(**meta["report"]))
+            scale, zero = packed.pop("input_scale", None), packed.pop("input_zero", None)
+            path, static = InputPath.from_dict(meta["input"]), None if scale is None else (scale, zero)
+            result[name] = Layer(rebuild(meta, packed), RoundingReport(**meta["report"]), path, static)
         return Block(result, {key: tensor for key, tensor in tensors.items() if ":" not in key})
 
     def write(self, index: int, block: "Block") -> None:
         """Keep what became of block ``index``."""
         tensors, meta = {name: tensor.cpu().contiguous() for name, tensor in block.changed.items()}, {}
-        for name, (weight, report) in block.layers.items():
-            tensors |= {f"{name}:{key}": tensor.cpu() for key, tensor in weight.packed().items()}
-            meta[name] = describe(weight) | {"report": asdict(report)}
+        for name, layer in block.layers.items():
+            stored = layer.weight.packed() | dict(zip(("input_scale", "input_zero"), layer.static or (), strict=False))
+            tensors |= {f"{name}:{key}": tensor.cpu() for key, tensor in stored.items() if tensor is not None}
+            meta[name] = describe(layer.weight) | {"input": layer.path.to_dict(), "report": asdict(layer.report)}
         with atomic_file(self._path(index)) as temporary:
             save_safetensors(tensors, temporary, {"layers": json.dumps(meta)})
 

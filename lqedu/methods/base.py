@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lqedu.errors import UsageError
 from lqedu.formats import IntGrid
+from lqedu.formats.activation import ActivationGrid
 from lqedu.models.anatomy import Stage
 from lqedu.rounding import RoundingReport
 
@@ -55,6 +56,21 @@ class Method:
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):  # abstract bases such as WeightOnly carry no name
             _REGISTRY[cls.name] = cls
+
+    def activation_grid(self) -> ActivationGrid | None:
+        """The grid of the linears' inputs; ``None`` leaves them in floating point."""
+        return None
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Move the difficulty across a whole dense model, before calibration; its function must not change.
+
+        Args:
+            model: a copy whose parameters may be replaced, but not changed in place.
+
+        Returns:
+            ``model`` or a new one, the same each time it is called (an interrupted run calls it again).
+        """
+        return model
 
     def prepare_block(
         self, block: nn.Module, stages: tuple[Stage, ...], hidden: Tensor, kwargs: Mapping[str, Any]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lqedu.calibration.capture import block_inputs, run_block
-from lqedu.checkpoint.unfinished import Block, UnfinishedRun
+from lqedu.checkpoint.unfinished import Block, Layer, UnfinishedRun
 from lqedu.errors import CalibrationError, LqeduError, NotPositiveDefiniteError, UsageError
 from lqedu.formats.integer import check_weight
 from lqedu.linalg.hessian import HessianAccumulator
@@ -25,6 +25,7 @@ from lqedu.methods.base import Method
 from lqedu.models.anatomy import Stage, block_list, describe, linears
 from lqedu.models.copying import copy_sharing_tensors
 from lqedu.rounding import RoundingReport
+from lqedu.runtime.inputs import input_path
 from lqedu.runtime.kinds import layer_of
 from lqedu.runtime.linear import quantized_linears
 
@@ -59,7 +60,7 @@ def quantize(
     """
     anatomy = describe(model)
     check_request(model, method, calibration)
-    result = copy_sharing_tensors(model)
+    result = method.prepare_model(copy_sharing_tensors(model))
     result.lqedu_method = {"name": method.name, "options": method.options()}
     result.lqedu_reports = {}
     unfinished = None if resume_dir is None else UnfinishedRun(resume_dir, model, method, calibration)
@@ -83,7 +84,7 @@ def quantize(
                 )
                 bar.update(len(done.layers))
             hidden = output if dense_output is None else dense_output
-            result.lqedu_reports |= {prefix + name: report for name, (_, report) in done.layers.items()}
+            result.lqedu_reports |= {prefix + name: layer.report for name, layer in done.layers.items()}
     return result
 
 
@@ -136,21 +137,33 @@ def _quantize_block(
     tick: Callable[[int], object],
 ) -> tuple[Block, Tensor | None]:
     """Quantize the linears of one block; returns them and, where calibration needs it, the quantized block's output."""
-    layers: dict[str, tuple[Any, RoundingReport]] = {}
+    layers: dict[str, Layer] = {}
+    activation = method.activation_grid()
+    static = activation is not None and activation.static
 
-    def quantize_stage(stage: Stage, hessian: Tensor | None) -> None:
+    def quantize_stage(stage: Stage, seen: _Seen) -> None:
         for name in stage.linears:
             linear = block.get_submodule(name)
             with _context(prefix + name, linear.weight, method):
-                layers[name] = _with_retries(method, linear.weight.detach(), hessian)
-            w_hat = layers[name][0].dequantize(linear.weight.dtype)
+                weight, report = _with_retries(method, linear.weight.detach(), seen.hessian)
+            path = dataclasses.replace(input_path(linear), activation=activation)
+            layers[name] = Layer(weight, report, path, seen.static)
+            w_hat = weight.dequantize(linear.weight.dtype)
             linear.weight = nn.Parameter(w_hat, requires_grad=False)  # of our copy: the caller's tensor stays
             tick(1)
 
+    def look(stage: Stage, x: Tensor) -> _Seen:
+        """What the weights of a stage will be multiplied with, summed up."""
+        z = input_path(block.get_submodule(stage.linears[0])).transform(x)
+        return _Seen(
+            hessian=_hessian(z) if method.needs_hessian else None,
+            static=activation.fit(z) if static else None,
+        )
+
     changed = {} if hidden is None else method.prepare_block(block, stages, hidden, kwargs)
-    if not method.needs_hessian:
+    if not method.needs_hessian and not static:
         for stage in stages:
-            quantize_stage(stage, None)
+            quantize_stage(stage, _Seen())
         wanted = hidden is not None and method.calibrates_on == "quantized"
         return Block(layers, changed), run_block(block, hidden, kwargs) if wanted else None
 
@@ -159,7 +172,7 @@ def _quantize_block(
         def visitor(stage: Stage) -> Callable[[Tensor], None]:
             def visit(x: Tensor) -> None:
                 if stage.linears[0] not in layers:
-                    quantize_stage(stage, _hessian(x))
+                    quantize_stage(stage, look(stage, x))
 
             return visit
 
@@ -168,14 +181,20 @@ def _quantize_block(
         return Block({name: layers[name] for stage in stages for name in stage.linears}, changed), hidden
 
     # Otherwise one pass through the dense block for all Hessians, and one behind the quantized weights.
-    hessians: dict[str, Tensor] = {}
-    collect = {
-        stage.linears[0]: (lambda x, name=stage.linears[0]: hessians.update({name: _hessian(x)})) for stage in stages
-    }
+    seen: dict[Stage, _Seen] = {}
+    collect = {stage.linears[0]: (lambda x, stage=stage: seen.update({stage: look(stage, x)})) for stage in stages}
     run_block(block, hidden, kwargs, visit=collect)
     for stage in stages:
-        quantize_stage(stage, hessians[stage.linears[0]])
+        quantize_stage(stage, seen[stage])
     return Block(layers, changed), run_block(block, hidden, kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What calibration says of a stage's input: each part only where somebody asks for it."""
+
+    hessian: Tensor | None = None
+    static: tuple[Tensor, Tensor | None] | None = None
 
 
 def _hessian(x: Tensor) -> Tensor:
@@ -211,6 +230,6 @@ def _install(block: nn.Module, done: Block) -> None:
     for name, tensor in done.changed.items():
         owner, _, attribute = name.rpartition(".")
         setattr(block.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
-    for name, (stored, _) in done.layers.items():
+    for name, layer in done.layers.items():
         linear = block.get_submodule(name)
-        block.set_submodule(name, layer_of(stored, linear.bias))
+        block.set_submodule(name, layer_of(layer.weight, linear.bias, layer.path, layer.static))

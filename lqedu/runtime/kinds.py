@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
+from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.linear import QuantLinear
 
 
@@ -28,9 +29,14 @@ class Kind:
 KINDS: dict[str, Kind] = {"integer": Kind(IntGrid, QTensor, QuantLinear)}
 
 
-def layer_of(weight: Any, bias: Tensor | None) -> QuantLinear:
-    """The linear layer that runs a stored weight."""
-    return KINDS[_name(weight.grid)].layer(weight, bias)
+def layer_of(
+    weight: Any,
+    bias: Tensor | None,
+    path: InputPath = InputPath(),  # noqa: B008  (frozen)
+    static: tuple[Tensor, Tensor | None] | None = None,
+) -> QuantLinear:
+    """The linear layer that runs a stored weight behind an input path; arguments as :class:`QuantLinear` takes them."""
+    return KINDS[_name(weight.grid)].layer(weight, bias, path, static)
 
 
 def describe(weight: Any) -> dict[str, Any]:

@@ -3,24 +3,42 @@
 Derived in chapter ``02-grids``. This is the reference path, plain PyTorch on any device: unpack, dequantize, multiply.
 """
 
+import torch
 from torch import Tensor, nn
 
 from lqedu.formats import QTensor
+from lqedu.runtime.inputs import InputPath
+from lqedu.runtime.integer import integer_linear
 
 
 class QuantLinear(nn.Module):
     """``y = x ŵ^T + bias`` with ``ŵ`` stored as packed codes, scales and zero points.
 
+    ``path`` says what happens to ``x`` first: with an activation grid both operands are codes and the product is one of
+    integers. ``static`` is that grid's scale and zero point where they come from calibration (buffers ``input_scale``
+    and ``input_zero``, float32 ``[1]``).
+
     Buffers: ``codes`` uint8 ``[out, packed_width(in, bits)]``, ``scale`` ``grid.scale_shape``, and for an asymmetric
     grid ``zero``: uint8, packed along the groups, or float zero points as they are. ``bias`` stays as it was.
     """
 
-    def __init__(self, quantized: QTensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        quantized: QTensor,
+        bias: Tensor | None = None,
+        path: InputPath = InputPath(),  # noqa: B008  (frozen)
+        static: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
         super().__init__()
+        self.path = path
         self.grid = quantized.grid
         self.out_features, self.in_features = quantized.shape
         for name, tensor in quantized.packed().items():
             self.register_buffer(name, tensor)
+        if path.activation is not None and path.activation.static:
+            scale, zero = static if static is not None else path.activation.scale_and_zero(*torch.zeros(2, 1))
+            self.register_buffer("input_scale", scale)
+            self.register_buffer("input_zero", zero)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
@@ -36,11 +54,18 @@ class QuantLinear(nn.Module):
         return self.grid.nbytes((self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in]`` to ``[..., out]``, computed in the dtype of ``x``."""
-        return nn.functional.linear(x, self.quantized.dequantize(x.dtype), self.bias)
+        """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``: a floating product, or one of integer codes."""
+        z = self.path.transform(x)
+        grid = self.path.activation
+        if grid is None:
+            return nn.functional.linear(z, self.quantized.dequantize(x.dtype), self.bias)
+        scale, zero = (self.input_scale, self.input_zero) if grid.static else grid.fit(z)
+        y = integer_linear(grid.encode(z, scale, zero), scale, zero, self.quantized).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}"
+        path = "" if self.path == InputPath() else f", path={self.path}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}{path}"
 
     def _apply(self, fn, recurse: bool = True):
         """Move with the model, but keep the stored bits: ``model.bfloat16()`` must not re-round the scales."""

@@ -60,6 +60,7 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
         "lqedu_version": __version__,
         "method": model.lqedu_method,
         "tied": tied,
+        "attention": model.lqedu_attention.to_dict() if hasattr(model, "lqedu_attention") else None,
         "layers": {
             name: describe(layer.quantized)
             | {"input": layer.path.to_dict(), "report": asdict(model.lqedu_reports[name])}
@@ -119,6 +120,13 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     model.requires_grad_(False).eval()
+    if record["attention"] is not None:
+        from lqedu.runtime.attention import AttentionPath, set_attention_path
+
+        try:
+            set_attention_path(model, AttentionPath.from_dict(record["attention"]))
+        except (GridError, TypeError) as error:
+            raise CheckpointError(f"{folder / RECORD}: its attention is not understood: {error}") from error
     model.lqedu_method, model.lqedu_reports, model.lqedu_tokenizer = record["method"], reports, tokenizer
     return model, tokenizer
 
@@ -159,6 +167,7 @@ def _read_record(folder: Path) -> dict:
             f"it was written by lqedu {record.get('lqedu_version')!r}"
         )
     missing = [key for key in ("method", "layers", "tied") if not isinstance(record.get(key), dict)]
+    missing += [] if "attention" in record else ["attention"]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; save the model again")
     return record

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -11,6 +11,9 @@ from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
 from lqedu.models.anatomy import Stage
 from lqedu.rounding import RoundingReport
+
+if TYPE_CHECKING:
+    from lqedu.runtime.attention import AttentionPath
 
 _REGISTRY: dict[str, type["Method"]] = {}
 
@@ -59,6 +62,10 @@ class Method:
 
     def activation_grid(self) -> ActivationGrid | None:
         """The grid of the linears' inputs; ``None`` leaves them in floating point."""
+        return None
+
+    def attention_path(self) -> "AttentionPath | None":
+        """How keys and values are stored; ``None`` leaves the attention of transformers alone."""
         return None
 
     def prepare_model(self, model: nn.Module) -> nn.Module:

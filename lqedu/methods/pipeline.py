@@ -85,6 +85,10 @@ def quantize(
                 bar.update(len(done.layers))
             hidden = output if dense_output is None else dense_output
             result.lqedu_reports |= {prefix + name: layer.report for name, layer in done.layers.items()}
+    if (path := method.attention_path()) is not None:
+        from lqedu.runtime.attention import set_attention_path
+
+        set_attention_path(result, path)
     return result
 
 

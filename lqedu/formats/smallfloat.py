@@ -1,0 +1,149 @@
+"""Small floating-point formats from their definition: sign, exponent, mantissa, and what the top codes mean.
+
+    value = (-1)^sign · 2^(e - bias) · (1 + m / 2^M)     for exponent fields e ≥ 1
+    value = (-1)^sign · 2^(1 - bias) · m / 2^M           for e = 0: subnormals, evenly spaced down to zero
+
+Read as an integer, a code without its sign counts the non-negative values in order. So encoding is rounding: find the
+spacing at ``|x|``, divide by it, round half to even, and count. Derived in chapter ``16-fp8``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lqedu.errors import UsageError
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A signed format of at most 8 bits.
+
+    >>> E4M3.max, E5M2.max, E2M1.max
+    (448.0, 57344.0, 6.0)
+    >>> E4M3.decode(E4M3.encode(torch.tensor([1.06, 1.07, 500.0])))
+    tensor([  1.0000,   1.1250, 448.0000])
+
+    Attributes:
+        name: what it is called.
+        exponent_bits, mantissa_bits: with the sign they fill a code.
+        bias: subtracted from the exponent field.
+        specials: "ieee" keeps the top exponent for infinities and NaN; "fn" (finite, NaN) only the code of all ones, as
+            NaN; "fnuz" (finite, NaN, unsigned zero) only the code of minus zero, as NaN; "none" has no special code.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    specials: Literal["ieee", "fn", "fnuz", "none"]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def _sign(self) -> int:
+        """The sign bit, which is also the number of codes without it."""
+        return 1 << (self.exponent_bits + self.mantissa_bits)
+
+    @property
+    def top_code(self) -> int:
+        """Code of the largest finite value."""
+        unusable = {"ieee": 1 << self.mantissa_bits, "fn": 1, "fnuz": 0, "none": 0}[self.specials]
+        return self._sign - 1 - unusable
+
+    @property
+    def max(self) -> float:
+        """Largest finite value."""
+        return float(self.decode(torch.tensor(self.top_code, dtype=torch.uint8)))
+
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest value with a full mantissa."""
+        return 2.0 ** (1 - self.bias)
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """Smallest positive value: the spacing of the subnormals."""
+        return 2.0 ** (1 - self.bias - self.mantissa_bits)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of codes, exact in float32 and float64.
+
+        Args:
+            codes: uint8, any shape; only the lowest :attr:`bits` bits count.
+            dtype: of the result.
+
+        Raises:
+            UsageError: codes that are not uint8.
+        """
+        if codes.dtype != torch.uint8:
+            raise UsageError(f"codes of {self.name} are uint8, got {codes.dtype}")
+        code = codes.to(torch.int64)
+        negative, magnitude = (code & self._sign) != 0, code & (self._sign - 1)
+        e, m = magnitude >> self.mantissa_bits, magnitude & ((1 << self.mantissa_bits) - 1)
+        significand = m + ((e > 0).to(torch.int64) << self.mantissa_bits)  # normal numbers have a hidden one
+        value = torch.ldexp(significand.double(), e.clamp(min=1) - self.bias - self.mantissa_bits)
+        if self.specials == "fnuz":
+            value = torch.where(negative & (magnitude == 0), torch.nan, value)
+        value = torch.where(magnitude > self.top_code, torch.nan, value)
+        if self.specials == "ieee":
+            value = torch.where(magnitude == self.top_code + 1, torch.inf, value)
+        return torch.where(negative, -value, value).to(dtype)
+
+    def encode(self, x: Tensor, *, saturate: bool = True) -> Tensor:
+        """Nearest codes; ties go to the even code, as in IEEE 754.
+
+        Args:
+            x: any floating dtype and shape; float64 is the exact way in, nothing is rounded on the way.
+            saturate: what lies beyond the largest value, infinities included, becomes the largest value; otherwise what
+                rounds beyond it becomes infinity, or NaN in formats without one. Formats without NaN must saturate.
+
+        Returns:
+            uint8 of the same shape. NaN becomes the format's NaN.
+
+        Raises:
+            UsageError: not a floating dtype; or NaN, or ``saturate=False``, in a format without NaN.
+        """
+        if not x.is_floating_point():
+            raise UsageError(f"only floating-point values have codes of {self.name}, got {x.dtype}")
+        missing = torch.isnan(x)
+        if self.specials == "none" and (not saturate or bool(missing.any())):
+            raise UsageError(f"{self.name} has no code for NaN or infinity; saturate, and keep NaN out")
+        magnitude = x.to(torch.float64).abs()
+        finite = torch.where(torch.isfinite(magnitude), magnitude, 0.0)
+        exponent = (torch.frexp(finite).exponent.to(torch.int64) - 1).clamp(min=1 - self.bias)
+        exponent = torch.where(finite == 0, 1 - self.bias, exponent)  # frexp gives zero the exponent of one
+        steps = torch.round(torch.ldexp(finite, self.mantissa_bits - exponent)).to(torch.int64)
+        # at the lowest exponent the code counts steps from zero; each further exponent begins 2^M codes later
+        code = ((exponent - (1 - self.bias)) << self.mantissa_bits) + steps
+        code = torch.where(torch.isinf(magnitude), self._sign, code)
+        beyond = {"ieee": self.top_code + 1, "fn": self._sign - 1, "fnuz": self._sign}.get(self.specials, 0)
+        code = code.clamp(max=self.top_code) if saturate else torch.where(code > self.top_code, beyond, code)
+        signed = torch.where(torch.signbit(x), code | self._sign, code)
+        if self.specials == "fnuz":
+            signed = torch.where(code == 0, 0, signed)  # its zero has no sign
+        nan = {"ieee": self.top_code + 2 ** max(self.mantissa_bits - 1, 0) + 1}.get(self.specials, beyond)
+        return torch.where(missing, nan, signed).to(torch.uint8)
+
+    def values(self) -> Tensor:
+        """All codes decoded, float32 ``[2**bits]``."""
+        return self.decode(torch.arange(1 << self.bits, dtype=torch.uint8))
+
+
+#: 4 exponent and 3 mantissa bits, finite with NaN: weights and activations. Micikevicius et al., 2022, arXiv:2209.05433.
+E4M3 = FloatFormat("E4M3", 4, 3, 7, "fn")
+#: 5 exponent and 2 mantissa bits, with infinities: gradients.
+E5M2 = FloatFormat("E5M2", 5, 2, 15, "ieee")
+#: The variants of another family of GPUs: one NaN, no minus zero, a bias larger by one.
+E4M3FNUZ = FloatFormat("E4M3FNUZ", 4, 3, 8, "fnuz")
+E5M2FNUZ = FloatFormat("E5M2FNUZ", 5, 2, 16, "fnuz")
+#: Elements of the microscaling formats. OCP Microscaling Formats (MX) Specification, 1.0, 2023.
+E2M1 = FloatFormat("E2M1", 2, 1, 1, "none")
+E3M2 = FloatFormat("E3M2", 3, 2, 3, "none")
+E2M3 = FloatFormat("E2M3", 2, 3, 1, "none")
+
+FORMATS = {f.name: f for f in (E4M3, E5M2, E4M3FNUZ, E5M2FNUZ, E2M1, E3M2, E2M3)}

@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lqedu.errors import GridError
 from lqedu.formats.activation import ActivationGrid
+from lqedu.linalg.hadamard import fast_hadamard
 from lqedu.models.anatomy import block_list
 
 NAME = "lqedu"  # in config._attn_implementation
@@ -42,13 +43,13 @@ class AttentionPath:
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What attention will read of keys and values ``[batch, heads, tokens, head_dim]``."""
-        key = _transform(key) if self.hadamard else key
+        key = fast_hadamard(key) if self.hadamard else key
         key = key if self.key is None else self.key.round_trip(key)
         return key, value if self.value is None else self.value.round_trip(value)
 
     def query(self, query: Tensor) -> Tensor:
         """The query ``[batch, heads, tokens, head_dim]`` in the basis of the stored keys."""
-        return _transform(query) if self.hadamard else query
+        return fast_hadamard(query) if self.hadamard else query
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; :meth:`from_dict` is the inverse."""
@@ -103,12 +104,6 @@ def attention(
     if not getattr(key, _STORED, False):
         key, value = path.store(key, value)
     return sdpa_attention_forward(module, path.query(query), key, value, attention_mask, **kwargs)
-
-
-def _transform(x: Tensor) -> Tensor:
-    from lqedu.linalg.hadamard import fast_hadamard
-
-    return fast_hadamard(x)
 
 
 AttentionInterface.register(NAME, attention)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lqedu.errors import GridError
 from lqedu.formats.activation import ActivationGrid
+from lqedu.linalg.hadamard import fast_hadamard
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,6 @@ class InputPath:
         """
         if self.hadamard is None:
             return x
-        from lqedu.linalg.hadamard import fast_hadamard
-
         if x.shape[-1] % (self.hadamard * self.stride):
             raise GridError(
                 f"a transform of {self.hadamard} features, {self.stride} apart, does not divide {x.shape[-1]} features"

@@ -221,7 +221,7 @@ class IntGrid:
             GridError: weights that are not finite, not floating point, or whose scale overflows ``scale_dtype``.
         """
         check_weight(weight)
-        x = self._grouped(_working(weight))  # [..., g], leading axes as scale_shape
+        x = self.grouped(_working(weight))  # [..., g], leading axes as scale_shape
         if self.convention is ScaleConvention.RMS:
             hi = _RMS_RANGE * x.square().mean(-1).sqrt()
             return self._scale_and_zero(-hi, hi)
@@ -240,10 +240,10 @@ class IntGrid:
         Returns:
             int8 (symmetric) or uint8 codes, ``[out, in]``.
         """
-        x = self._grouped(_working(weight))
+        x = self.grouped(_working(weight))
         z = 0 if zero is None else zero.to(x.dtype).unsqueeze(-1)
         q = self.nearest_code(x, scale.to(x.dtype).unsqueeze(-1), z)
-        return self._ungrouped(q.to(self.code_dtype), weight.shape)
+        return self.ungrouped(q.to(self.code_dtype), weight.shape)
 
     def nearest_code(self, w: Tensor, s: Tensor, z: Tensor | float) -> Tensor:
         """``clamp(round(w / s) + z)``, or ``clamp(round(w / s + z))`` for a float ``z``; ties go to the even integer.
@@ -257,20 +257,23 @@ class IntGrid:
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
         """``w_hat = s * (q - z)`` in ``dtype``, ``[out, in]``."""
-        q = self._grouped(codes).to(dtype)
+        q = self.grouped(codes).to(dtype)
         if zero is not None:
             q = q - zero.to(dtype).unsqueeze(-1)
-        return self._ungrouped(q * scale.to(dtype).unsqueeze(-1), codes.shape)
+        return self.ungrouped(q * scale.to(dtype).unsqueeze(-1), codes.shape)
 
-    def _grouped(self, x: Tensor) -> Tensor:
-        """``[out, in]`` with the leading axes of the scale and the weights that share one along the last axis."""
+    def grouped(self, x: Tensor) -> Tensor:
+        """``[out, in]`` as ``[*scale_shape, g]``: the weights that share a scale lie along the last axis.
+
+        The result may share memory with ``x``.
+        """
         rows, columns = self.scale_shape(tuple(x.shape))
         if self.axis == 0:
             return x.reshape(rows, self.group_size, columns).transpose(1, 2)
         return x.reshape(rows, columns, -1)
 
-    def _ungrouped(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Inverse of :meth:`_grouped`."""
+    def ungrouped(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Inverse of :meth:`grouped`, for a weight of ``shape`` ``[out, in]``."""
         return (x.transpose(1, 2) if self.axis == 0 else x).reshape(shape)
 
     def _scale_and_zero(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor | None]:

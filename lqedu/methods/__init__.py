@@ -2,6 +2,7 @@
 
 from lqedu.methods.base import Answers, Method, available, build, get
 from lqedu.methods.gptq import GPTQ
+from lqedu.methods.hqq import HQQ
 from lqedu.methods.rtn import RTN
 
-__all__ = ["GPTQ", "RTN", "Answers", "Method", "available", "build", "get"]
+__all__ = ["GPTQ", "HQQ", "RTN", "Answers", "Method", "available", "build", "get"]

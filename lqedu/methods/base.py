@@ -117,26 +117,52 @@ class WeightOnly(Method):
     Attributes:
         bits: 2 to 8.
         group_size: inputs that share a scale, or ``None`` for one scale per output channel.
-        symmetric: a grid without zero points.
-        search: "none", or "mse" for the range with the least sum of |error|^2.4.
     """
 
     bits: int = 4
     group_size: int | None = 128
-    symmetric: bool = False
-    search: str = "none"
 
     def __post_init__(self) -> None:
         self.grid()  # contradictions die here
 
     def grid(self) -> IntGrid:
-        """The grid these hyper-parameters describe."""
-        granularity = "channel" if self.group_size is None else "group"
-        return IntGrid(self.bits, self.symmetric, granularity, self.group_size, search=self.search)
+        """The grid these hyper-parameters describe (GridError where they contradict each other)."""
+        raise NotImplementedError
+
+    @property
+    def granularity(self) -> Literal["channel", "group"]:
+        """Of the scales, as :class:`lqedu.formats.IntGrid` names it."""
+        return "channel" if self.group_size is None else "group"
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a weight whose inputs the group size does not divide (GridError)."""
         self.grid().scale_shape(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyGrid(WeightOnly):
+    """Weight-only methods that round on whatever integer grid they are given.
+
+    Attributes:
+        symmetric: a grid without zero points.
+        zero_point: "integer", or "float" for zero points in FP16.
+        search: "none", or "mse" for the range with the least sum of |error|^2.4.
+    """
+
+    symmetric: bool = False
+    zero_point: str = "integer"
+    search: str = "none"
+
+    def grid(self) -> IntGrid:
+        """The grid these hyper-parameters describe."""
+        return IntGrid(
+            self.bits,
+            self.symmetric,
+            self.granularity,
+            self.group_size,
+            zero_point=self.zero_point,
+            search=self.search,
+        )
 
 
 def available() -> dict[str, type[Method]]:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lqedu.errors import UsageError
 from lqedu.formats import QTensor
-from lqedu.methods.base import Answers, WeightOnly
+from lqedu.methods.base import Answers, AnyGrid
 from lqedu.rounding import RoundingReport, gptq
 from lqedu.rounding.gptq import check_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTQ(WeightOnly):
+class GPTQ(AnyGrid):
     """GPTQ with the reference's defaults, except that every layer is calibrated behind already quantized ones.
 
     Attributes:

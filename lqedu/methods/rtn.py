@@ -6,12 +6,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from lqedu.formats import QTensor
-from lqedu.methods.base import Answers, WeightOnly
+from lqedu.methods.base import Answers, AnyGrid
 from lqedu.rounding import RoundingReport, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTN(WeightOnly):
+class RTN(AnyGrid):
     """Round to nearest.
 
     >>> RTN(bits=4, group_size=64).grid().bits_per_weight((576, 576))

@@ -2,8 +2,9 @@
 
 # Functions share their names with their modules: importing them here, eagerly, makes the function win every time.
 from lqedu.rounding.gptq import gptq
+from lqedu.rounding.hqq import hqq
 from lqedu.rounding.ldlq import ldlq
 from lqedu.rounding.nearest import nearest
 from lqedu.rounding.report import RoundingReport, proxy_loss
 
-__all__ = ["RoundingReport", "gptq", "ldlq", "nearest", "proxy_loss"]
+__all__ = ["RoundingReport", "gptq", "hqq", "ldlq", "nearest", "proxy_loss"]

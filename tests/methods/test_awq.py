@@ -1,0 +1,138 @@
+"""AWQ: equal to RTN where it scales nothing, to a brute-force search where it does, and kept by resume and reload."""
+
+import pytest
+import torch
+
+import lqedu
+from lqedu.calibration.capture import block_inputs, run_block
+from lqedu.errors import CalibrationError, GridError, UsageError
+from lqedu.formats import IntGrid, ScaleConvention
+from lqedu.methods import AWQ
+from lqedu.methods.awq import channel_scale, scaled_rounding, search_scales, weight_magnitude
+from lqedu.models.anatomy import block_list, describe
+from lqedu.models.copying import copy_sharing_tensors
+from lqedu.rounding import nearest, proxy_loss
+from lqedu.runtime import quantized_linears
+from tests.compare import relative_error
+from tests.models.tiny import TYPES, tiny_model, tiny_windows
+
+GRID = IntGrid(3, granularity="group", group_size=16, convention=ScaleConvention.MINMAX)
+
+
+def _method(**changes) -> AWQ:
+    return AWQ(**({"bits": 4, "group_size": 16, "search_tokens": 32} | changes))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05, 0.5, 0.95])
+@pytest.mark.parametrize("duo", [False, True])
+def test_scales_are_normalised(alpha, duo):
+    g = torch.Generator().manual_seed(0)
+    a, w = torch.rand(40, generator=g), torch.rand(40, generator=g)
+    s = channel_scale(a, alpha, w if duo else None)
+    assert float(s.max() * s.min()) == pytest.approx(1, rel=1e-5)
+    if alpha == 0 and not duo:
+        assert torch.equal(s, torch.ones(40))
+
+
+def test_dead_channels_get_a_finite_scale():
+    s = channel_scale(torch.tensor([0.0, 1.0, 2.0]), 0.5)
+    assert bool(torch.isfinite(s).all()) and bool((s > 0).all())
+    assert int(s.argmin()) == 0
+    assert bool(torch.isfinite(weight_magnitude([torch.zeros(4, 32)], 16)).all())
+
+
+def test_the_search_is_the_brute_force_minimum_and_never_worse_than_no_scale():
+    g = torch.Generator().manual_seed(1)
+    w = torch.randn(24, 32, generator=g)
+    x = torch.randn(300, 32, generator=g) * torch.exp(1.5 * torch.randn(32, generator=g))
+    h = x.T @ x / len(x)
+
+    def loss(scale):
+        return proxy_loss(w - scaled_rounding(w, scale, GRID), h)
+
+    found = search_scales(x.abs().mean(0), loss)
+    direct = []
+    for i in range(20):
+        s = x.abs().mean(0).pow(i / 20).clamp(min=1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        w_hat = nearest(w * s, GRID)[0].dequantize() / s
+        direct.append(float((x @ (w - w_hat).T).square().sum(1).mean()))
+    assert found.losses == pytest.approx(direct, rel=1e-4)
+    assert found.alpha == direct.index(min(direct)) / 20
+    assert min(found.losses) < found.losses[0]
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_without_scales_and_clipping_it_is_rtn(model_type):
+    model, windows = tiny_model(model_type), tiny_windows(4, 16)
+    result = lqedu.quantize(model, _method(alphas=1, clip=False), windows)
+    for name, layer in quantized_linears(result).items():
+        want, _ = nearest(model.get_submodule(name).weight.detach(), _method().grid())
+        assert torch.equal(layer.quantized.codes, want.codes), name
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_preparing_a_block_without_clipping_leaves_its_function(model_type):
+    model, windows = tiny_model(model_type), tiny_windows(4, 16)
+    prepared, anatomy = copy_sharing_tensors(model), describe(model)
+    hidden, kwargs = block_inputs(model, windows)
+    want = run_block(block_list(model)[0], hidden, kwargs)
+    block = block_list(prepared)[0]
+    changed = _method(clip=False).prepare_block(block, anatomy.stages, hidden, kwargs)
+    assert relative_error(run_block(block, hidden, kwargs), want) < 1e-5
+    assert changed
+    linear = block.get_submodule(anatomy.stages[0].linears[0])
+    assert not torch.equal(linear.weight, block_list(model)[0].get_submodule(anatomy.stages[0].linears[0]).weight)
+
+
+@torch.no_grad()
+def test_the_inspected_module_is_really_what_its_loss_measures():
+    """The loss of q, k, v at α = 0 against attention run by hand with rounded weights."""
+    from lqedu.methods.awq import _Inputs, _record_calls
+
+    model, windows = tiny_model("llama"), tiny_windows(2, 16)
+    hidden, kwargs = block_inputs(model, windows)
+    block, stages = block_list(copy_sharing_tensors(model))[0], describe(model).stages
+    calls = _record_calls(block, hidden, kwargs, {stage: _Inputs() for stage in stages})
+    assert set(calls) == {"self_attn", "mlp"}
+    linears = [block.get_submodule(name) for name in stages[2].linears]
+    dense = [linear.weight for linear in linears]
+    got = calls["mlp"].loss(linears, torch.ones(32), GRID)
+    assert all(linear.weight is weight for linear, weight in zip(linears, dense, strict=True))
+    x = calls["mlp"].arguments[0]
+    rounded = [nearest(w.detach(), GRID)[0].dequantize() for w in dense]
+    w_down = block.mlp.down_proj.weight
+
+    def mlp(gate, up):
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ w_down.T
+
+    assert got == pytest.approx(float((mlp(*rounded) - mlp(*dense)).square().mean()), rel=1e-4)
+
+
+def test_save_reload_and_resume_keep_the_changed_norms(tmp_path):
+    model, windows = tiny_model("qwen2"), tiny_windows(4, 16)
+    whole = lqedu.quantize(model, _method(), windows, resume_dir=tmp_path / "run")
+    (tmp_path / "run" / "block-0002.safetensors").unlink()
+    resumed = lqedu.quantize(model, _method(), windows, resume_dir=tmp_path / "run")
+    state = whole.state_dict()
+    assert state.keys() == resumed.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in resumed.state_dict().items())
+    name = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(state[name], model.state_dict()[name])
+
+
+def test_bad_input():
+    model, windows = tiny_model("llama"), tiny_windows(4, 16)
+    with pytest.raises(UsageError, match="alphas"):
+        AWQ(alphas=0)
+    with pytest.raises(UsageError, match="search_tokens"):
+        AWQ(search_tokens=0)
+    with pytest.raises(CalibrationError, match="needs calibration windows"):
+        lqedu.quantize(model, _method())
+    with pytest.raises(GridError, match="does not divide"):
+        lqedu.quantize(model, _method(group_size=24), windows)
+    with pytest.raises(CalibrationError, match="NaN"):
+        search_scales(torch.tensor([1.0, float("nan")]), lambda s: 0.0)
+    with pytest.raises(CalibrationError, match="finite loss"):
+        search_scales(torch.ones(2), lambda s: float("nan"))

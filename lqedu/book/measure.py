@@ -17,7 +17,7 @@ import typer
 import lqedu
 from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
-from lqedu.methods import GPTQ, RTN, Method
+from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method
 from lqedu.models import weights_sha256
 from lqedu.runtime import quantized_linears
 
@@ -56,6 +56,65 @@ def gptq_study(device: str) -> Measurement:
     for windows in (1, 4, 16, 128):
         rows.append(bench.row(base, windows=windows))
     return bench.configuration(), _with_recovery(rows)
+
+
+def awq(device: str) -> Measurement:
+    """Chapter 05: AWQ of the whole model, and what each of its parts is worth."""
+    bench = _Bench(device)
+    rows = [bench.row(None)]
+    for bits in (4, 3):
+        base = AWQ(bits=bits, group_size=64)
+        rows += [bench.row(method) for method in (base, replace(base, clip=False), replace(base, duo_scaling=True))]
+        rows.append(bench.row(replace(base, alphas=1)))  # clipping alone
+    return bench.configuration(), rows
+
+
+def hqq(device: str) -> Measurement:
+    """Chapter 06: HQQ of the whole model at 8, 4, 3 and 2 bits, along both axes, and float zero points alone."""
+    bench = _Bench(device)
+    rows = [bench.row(None)]
+    for bits in (8, 4, 3, 2):
+        rows.append(bench.row(HQQ(bits=bits, group_size=64)))
+        if bits < 8:
+            rows.append(bench.row(RTN(bits=bits, group_size=64, zero_point="float")))
+            rows.append(bench.row(HQQ(bits=bits, group_size=64, axis=0)))
+    return bench.configuration(), rows
+
+
+def hqq_layer(device: str) -> Measurement:
+    """Chapter 06: one 11008 x 4096 weight at 4 bits in groups of 64, step by step and with the step compiled."""
+    from lqedu.rounding import hqq as round_hqq
+
+    generator = torch.Generator(device).manual_seed(0)
+    weight = 0.02 * torch.randn(11008, 4096, device=device, generator=generator)
+    grid = HQQ(bits=4, group_size=64).grid()
+    cases = {"eager": False, "compiled": True}
+    rows = []
+    for name, compiled in cases.items():
+        began = time.perf_counter()
+        quantized, _ = round_hqq(weight, grid, compiled=compiled)
+        error = float((weight - quantized.dequantize()).abs().mean())
+        first = time.perf_counter() - began
+        timing = _timed(
+            lambda compiled=compiled: round_hqq(weight, grid, compiled=compiled)[0].packed(), device, repeats=10
+        )
+        rows.append({"name": name, "mean_error": error, "first_call_seconds": first, **timing})
+    try:
+        from hqq.core.quantize import Quantizer
+    except ImportError:
+        print("hqq is not installed, so its row is left out")
+    else:
+        options = {"nbits": 4, "group_size": 64, "axis": 1, "device": device, "compute_dtype": torch.float16}
+
+        def ask() -> tuple[torch.Tensor, dict]:
+            return Quantizer.quantize(weight.clone(), optimize=True, round_zero=True, **options)
+
+        answer, meta = ask()
+        meta["compute_dtype"] = torch.float32
+        error = float((weight - Quantizer.dequantize(answer, meta).float()).abs().mean())
+        rows.append({"name": "hqq package", "mean_error": error, **_timed(ask, device, repeats=10)})
+    bytes_read = 20 * weight.nbytes
+    return {"weight": [11008, 4096], "grid": grid.to_dict(), "iterations": 20, "bytes_read": bytes_read}, rows
 
 
 def bench_noise(device: str) -> Measurement:
@@ -152,7 +211,8 @@ class _Bench:
             self.tokenizer, text, length=EVALUATION["length"], count=EVALUATION["windows"]
         )
         self.text = lqedu.load_corpus(CALIBRATION["corpus"], split="calibration")
-        self.dense = lqedu.perplexity(self.model, self.windows, batch_size=8)
+        self.batch_size = 64 if device == "cuda" else 4
+        self.dense = lqedu.perplexity(self.model, self.windows, batch_size=self.batch_size)
 
     def configuration(self) -> dict[str, Any]:
         return {
@@ -169,7 +229,7 @@ class _Bench:
         began = time.perf_counter()
         quantized = lqedu.quantize(self.model, method, calibration)
         seconds = time.perf_counter() - began
-        return lqedu.perplexity(quantized, self.windows, batch_size=8), quantized, seconds
+        return lqedu.perplexity(quantized, self.windows, batch_size=self.batch_size), quantized, seconds
 
     def row(self, method: Method | None, *, windows: int = CALIBRATION["windows"]) -> dict[str, Any]:
         """One row of a quality table; ``None`` is the dense model."""
@@ -242,6 +302,9 @@ def _timed(call: Callable[[], Any], device: str, *, repeats: int = 7) -> dict[st
 MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "weight-only": weight_only,
     "gptq-study": gptq_study,
+    "awq": awq,
+    "hqq": hqq,
+    "hqq-layer": hqq_layer,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

@@ -17,7 +17,7 @@ import typer
 import lqedu
 from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
-from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method
+from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QuIP
 from lqedu.models import weights_sha256
 from lqedu.runtime import quantized_linears
 
@@ -78,6 +78,16 @@ def hqq(device: str) -> Measurement:
         if bits < 8:
             rows.append(bench.row(RTN(bits=bits, group_size=64, zero_point="float")))
             rows.append(bench.row(HQQ(bits=bits, group_size=64, axis=0)))
+    return bench.configuration(), rows
+
+
+def quip(device: str) -> Measurement:
+    """Chapter 07: QuIP of the whole model at 2, 3 and 4 bits, and at 2 bits without each of its parts."""
+    bench = _Bench(device)
+    rows = [bench.row(None)]
+    rows += [bench.row(QuIP(bits=bits)) for bits in (2, 3, 4)]
+    for change in ({"passes": 0}, {"rotate": False}, {"rescale": False}):
+        rows.append(bench.row(replace(QuIP(bits=2), **change)))
     return bench.configuration(), rows
 
 
@@ -305,6 +315,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "awq": awq,
     "hqq": hqq,
     "hqq-layer": hqq_layer,
+    "quip": quip,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

@@ -8,8 +8,10 @@ from lqedu.linalg.hadamard import (
     randomized_hadamard,
 )
 from lqedu.linalg.hessian import HessianAccumulator, damp, inverse_factor, ldl_upper
+from lqedu.linalg.orthogonal import KroneckerRotation, kronecker_sizes, random_orthogonal
 
 __all__ = [
-    "HessianAccumulator", "damp", "fast_hadamard", "hadamard_factors", "hadamard_matrix", "hadamard_operations",
-    "inverse_factor", "ldl_upper", "randomized_hadamard",
+    "HessianAccumulator", "KroneckerRotation", "damp", "fast_hadamard", "hadamard_factors", "hadamard_matrix",
+    "hadamard_operations", "inverse_factor", "kronecker_sizes", "ldl_upper", "random_orthogonal",
+    "randomized_hadamard",
 ]  # fmt: skip

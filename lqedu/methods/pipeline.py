@@ -7,7 +7,7 @@ and its activations. Chapter ``04-gptq``.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,13 @@ def quantize(
                 if unfinished:
                     unfinished.write(index, done)
             else:
-                _install(block, done)
+                _round(block, done)
                 output = (
                     run_block(block, hidden, kwargs)
                     if method.calibrates_on == "quantized" and hidden is not None
                     else None
                 )
+                _install(block, done)
                 bar.update(len(done.layers))
             hidden = output if dense_output is None else dense_output
             result.lqedu_reports |= {prefix + name: layer.report for name, layer in done.layers.items()}
@@ -229,11 +230,26 @@ def _context(name: str, weight: Tensor, method: Method) -> Iterator[None]:
         raise type(error)(f"{name} {list(weight.shape)}, {method.title}: {error}") from error
 
 
+def _round(block: nn.Module, done: Block) -> None:
+    """Give a dense block its rounded weights, as they were while it was calibrated.
+
+    A packed layer may sum in another order (rotations that run online), and a resumed run must find the same bits.
+    """
+    _replace(block, done.changed)
+    for name, layer in done.layers.items():
+        linear = block.get_submodule(name)
+        linear.weight = nn.Parameter(layer.weight.dequantize(linear.weight.dtype), requires_grad=False)
+
+
 def _install(block: nn.Module, done: Block) -> None:
     """Replace the linears of a block by layers that keep packed codes, and the other tensors that were changed."""
-    for name, tensor in done.changed.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(block.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    _replace(block, done.changed)
     for name, layer in done.layers.items():
         linear = block.get_submodule(name)
         block.set_submodule(name, layer_of(layer.weight, linear.bias, layer.path, layer.static))
+
+
+def _replace(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(block.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))

@@ -15,6 +15,8 @@ from lqedu.formats import IntGrid, QTensor
 from lqedu.linalg.hessian import damp, ldl_upper
 from lqedu.rounding.report import RoundingReport, check_problem, proxy_loss
 
+_BLOCK = 128  # columns updated at once before the rest of the matrix is touched: speed only
+
 
 def ldlq(weight: Tensor, hessian: Tensor, grid: IntGrid, *, damping: float = 0.01) -> tuple[QTensor, RoundingReport]:
     """Round a weight with linear feedback; every scale is fitted to ``weight`` before the first column is rounded.
@@ -47,22 +49,32 @@ def ldlq(weight: Tensor, hessian: Tensor, grid: IntGrid, *, damping: float = 0.0
     feedback = ldl_upper(h)[0].to(w.dtype)  # [in, in], unit upper triangular
 
     scale, zero = grid.fit(w)
-    nearest_codes = grid.encode(w, scale, zero)
-    size = grid.columns_per_scale(w.shape[1])
-    codes = torch.empty_like(nearest_codes)
-    delta = torch.zeros_like(w)  # Ŵ - W of the columns rounded so far
-    column = IntGrid(grid.bits, grid.symmetric, convention=grid.convention, scale_dtype=grid.scale_dtype)
-    for k in range(w.shape[1]):
-        group = k // size
-        s, z = scale[:, group : group + 1], None if zero is None else zero[:, group : group + 1]
-        target = w[:, k : k + 1] - delta[:, :k] @ feedback[:k, k : k + 1]  # [out, 1]
-        codes[:, k : k + 1] = column.encode(target, s, z)
-        delta[:, k : k + 1] = column.decode(codes[:, k : k + 1], s, z, w.dtype) - w[:, k : k + 1]
-
+    codes = _sweep(w, feedback, grid, scale, zero)
+    quantized = QTensor(codes, scale, zero, grid)
     report = RoundingReport(
-        proxy_loss=proxy_loss(delta, hessian),
+        proxy_loss=proxy_loss(w - quantized.dequantize(w.dtype), hessian),
         damping=damping,
         dead_columns=int(dead.sum()),
-        flips=float((codes != nearest_codes).double().mean()),
+        flips=float((codes != grid.encode(w, scale, zero)).double().mean()),
     )
-    return QTensor(codes, scale, zero, grid), report
+    return quantized, report
+
+
+def _sweep(w: Tensor, feedback: Tensor, grid: IntGrid, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Codes ``[out, in]`` of ``w``, column by column; errors reach the columns behind a block once a block."""
+    weight = w.T
+    target = weight.contiguous().clone()  # [in, out]: a column lies together in memory
+    codes = torch.empty(target.shape, dtype=grid.code_dtype, device=w.device)
+    delta = torch.empty_like(target[:_BLOCK])
+    s_all, z_all = scale.to(w.dtype), None if zero is None else zero.to(w.dtype)
+    size = grid.columns_per_scale(w.shape[1])
+    for start in range(0, len(target), _BLOCK):
+        end = min(start + _BLOCK, len(target))
+        for k in range(start, end):
+            s, z = s_all[:, k // size], 0 if z_all is None else z_all[:, k // size]  # [out] or [1]
+            q = grid.nearest_code(target[k], s, z)  # [out]
+            codes[k] = q
+            torch.sub(s * (q - z), weight[k], out=delta[k - start])
+            target[k + 1 : end].addr_(feedback[k, k + 1 : end], delta[k - start], alpha=-1)
+        target[end:] -= feedback[start:end, end:].T @ delta[: end - start]
+    return codes.T.contiguous()

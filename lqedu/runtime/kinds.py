@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
+from lqedu.runtime.incoherent import IncoherentLayout, IncoherentLinear, IncoherentWeight
 from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.linear import QuantLinear
 
@@ -26,7 +27,10 @@ class Kind:
     layer: type[QuantLinear]
 
 
-KINDS: dict[str, Kind] = {"integer": Kind(IntGrid, QTensor, QuantLinear)}
+KINDS: dict[str, Kind] = {
+    "integer": Kind(IntGrid, QTensor, QuantLinear),
+    "incoherent": Kind(IncoherentLayout, IncoherentWeight, IncoherentLinear),
+}
 
 
 def layer_of(

@@ -1,0 +1,84 @@
+"""QuIP: make weight and Hessian incoherent, round with linear feedback, look back once; chapter ``07-quip``.
+
+Grid: INT2-8, one scale for the matrix. Move: rescale and rotate, undone online. Round: LDLQ and greedy passes.
+Run: rotate, W2A16, rotate back. Chee et al., 2023, arXiv:2307.13304.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lqedu.errors import UsageError
+from lqedu.formats import IntGrid
+from lqedu.formats.integer import ScaleConvention
+from lqedu.linalg.hessian import damp
+from lqedu.methods.base import Answers, Method
+from lqedu.rounding import RoundingReport, ldlq
+from lqedu.rounding.greedy import refine
+from lqedu.rounding.report import proxy_loss
+from lqedu.runtime.incoherent import IncoherentWeight
+from lqedu.transforms.incoherence import incoherent
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuIP(Method):
+    """QuIP with the reference's grid ("b": ± 2.4 root mean squares of the matrix) and its incoherence processing.
+
+    Attributes:
+        bits: 2 to 8.
+        rescale: balance the input channels with a diagonal first.
+        rotate: rotate inputs and outputs with random Kronecker factors.
+        passes: greedy passes after LDLQ, at most; 0 is LDLQ alone.
+        damping: fraction of the Hessian's mean diagonal added to it, once (rotations leave it as it is; the reference
+            adds it before and again after).
+        seed: of the rotations.
+        true_sequential: calibrate each linear of a block on the outputs of the already quantized ones before it.
+    """
+
+    name: ClassVar[str] = "quip"
+    title: ClassVar[str] = "QuIP"
+    chapter: ClassVar[str] = "07-quip"
+    citation: ClassVar[str] = "chee2023quip"
+    answers: ClassVar[Answers] = Answers(
+        grid="INT2-8 per matrix, ± 2.4 root mean squares",
+        move="rescale input channels, rotate inputs and outputs",
+        round="linear feedback (LDLQ), then greedy passes",
+        run="rotate, dequantize and FP16 GEMM, rotate back",
+    )
+    needs_calibration: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
+
+    bits: int = 2
+    rescale: bool = True
+    rotate: bool = True
+    passes: int = 1
+    damping: float = 0.01
+    seed: int = 0
+    true_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        self.grid()  # contradictions die here
+        if not self.damping > 0:
+            raise UsageError(f"damping must be positive, got {self.damping!r}")
+        if self.passes < 0:
+            raise UsageError(f"passes is a number of sweeps, at least 0, got {self.passes!r}")
+        if self.seed < 0:
+            raise UsageError(f"seed is at least 0, got {self.seed!r}")
+
+    def grid(self) -> IntGrid:
+        """The grid these hyper-parameters describe."""
+        return IntGrid(self.bits, granularity="tensor", zero_point="float", convention=ScaleConvention.RMS)
+
+    def quantize_linear(self, weight: Tensor, hessian: Tensor) -> tuple[IncoherentWeight, RoundingReport]:
+        """Round one weight ``[out, in]`` with the Hessian ``[in, in]`` of its inputs, and report its undamped loss."""
+        transforms, w, h = incoherent(weight, hessian, seed=self.seed, rescale=self.rescale, rotate=self.rotate)
+        start, report = ldlq(w, h, self.grid(), damping=self.damping)
+        rotated = refine(w, damp(h, self.damping), start, passes=self.passes)
+        changed = (rotated.codes != self.grid().encode(w, rotated.scale, rotated.zero)).double().mean()
+        return IncoherentWeight(rotated, transforms), RoundingReport(
+            proxy_loss=proxy_loss(w - rotated.dequantize(w.dtype), h),  # the same number in every basis
+            damping=report.damping,
+            dead_columns=int((hessian.diagonal() == 0).sum()),
+            flips=float(changed),
+        )

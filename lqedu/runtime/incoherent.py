@@ -70,7 +70,7 @@ class IncoherentLayout:
 
         >>> grid = IntGrid(2, granularity="tensor")
         >>> IncoherentLayout(grid, (64, 64), (64, 64), True).bits_per_weight((4096, 4096))
-        2.0430...
+        2.0429...
         """
         return 8 * self.nbytes(weight_shape) / (weight_shape[0] * weight_shape[1])
 

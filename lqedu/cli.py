@@ -72,7 +72,7 @@ def quantize(
     shutil.rmtree(unfinished)
 
     parts = folder_bytes(out)
-    packed = parts["codes"] + parts["scales"] + parts["zeros"]
+    packed = parts["codes"] + parts["scales"] + parts["zeros"] + parts["transforms"]
     summary = {
         "model": model,
         "method": quantized.lqedu_method,
@@ -241,12 +241,15 @@ def main() -> None:
     """Entry point of the ``lqedu`` command."""
     try:
         status = app(standalone_mode=False)
+        if status == 130:  # some versions of click return what others raise
+            raise KeyboardInterrupt
     except LqeduError as error:
         sys.exit(_fail(str(error)))
     except _BadUsage as error:  # a misspelt command or option; its own text says which
         sys.exit(_fail(error.format_message()))
     except (KeyboardInterrupt, typer.Abort):
-        print("lqedu: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        resumes = "; the same command goes on where it stopped" if "quantize" in sys.argv[1:2] else ""
+        print(f"\nlqedu: interrupted{resumes}", file=sys.stderr)
         sys.exit(130)
     sys.exit(status or 0)
 

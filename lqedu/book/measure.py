@@ -86,7 +86,8 @@ def quip(device: str) -> Measurement:
     bench = _Bench(device)
     rows = [bench.row(None)]
     rows += [bench.row(QuIP(bits=bits)) for bits in (2, 3, 4)]
-    for change in ({"passes": 0}, {"rotate": False}, {"rescale": False}):
+    reference = {"grid_range": "reference"}
+    for change in ({"passes": 0}, {"rotate": False}, reference, reference | {"rescale": True}):
         rows.append(bench.row(replace(QuIP(bits=2), **change)))
     return bench.configuration(), rows
 

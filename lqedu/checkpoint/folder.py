@@ -23,6 +23,7 @@ from lqedu.atomic import atomic_directory
 from lqedu.checkpoint.unfinished import save_safetensors
 from lqedu.errors import CheckpointError, GridError, UsageError
 from lqedu.rounding import RoundingReport
+from lqedu.runtime.incoherent import TRANSFORMS
 from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.kinds import describe, layer_of, rebuild
 from lqedu.runtime.linear import quantized_linears
@@ -134,14 +135,14 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
 def folder_bytes(folder: Path | str) -> dict[str, int]:
     """What a folder holds, in bytes by part; ``linears_fp16`` is what the quantized linears would take in FP16.
 
-    Parts: ``codes``, ``scales``, ``zeros`` of the quantized linears, ``other_tensors`` (embeddings, norms, biases),
-    ``files`` (everything beside the weights).
+    Parts: ``codes``, ``scales``, ``zeros`` and online ``transforms`` of the quantized linears, ``other_tensors``
+    (embeddings, norms, biases), ``files`` (everything beside the weights).
     """
     folder = Path(folder)
     record = _read_record(folder)
     tensors = load_file(folder / WEIGHTS)
-    parts = dict.fromkeys(("codes", "scales", "zeros", "other_tensors", "files"), 0)
-    suffix = {"codes": "codes", "scale": "scales", "zero": "zeros"}
+    parts = dict.fromkeys(("codes", "scales", "zeros", "transforms", "other_tensors", "files"), 0)
+    suffix = {"codes": "codes", "scale": "scales", "zero": "zeros"} | dict.fromkeys(TRANSFORMS, "transforms")
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         part = suffix.get(kind, "other_tensors") if layer in record["layers"] else "other_tensors"

@@ -32,7 +32,7 @@ class Layer:
     """What became of one linear layer: everything its quantized module is made of, and a report.
 
     Attributes:
-        weight: a stored weight, see :mod:`lqedu.runtime.kinds`.
+        weight: a stored weight, see ``lqedu.runtime.kinds``.
         report: what the rounding did.
         path: what happens to the input before the product.
         static: scale and zero point of the input's grid where they come from calibration.
@@ -71,8 +71,13 @@ class UnfinishedRun:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             found = json.loads(record.read_text()) if record.exists() else None
+            strange = found is None and any(self.folder.iterdir())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot use {self.folder} for an unfinished run: {error}; remove it") from error
+        if strange:
+            raise CheckpointError(
+                f"{self.folder} holds files that are not of an unfinished run; move them or choose another folder"
+            )
         if found is None:
             with atomic_file(record) as temporary:
                 temporary.write_text(json.dumps(identity, indent=1))
@@ -93,7 +98,7 @@ class UnfinishedRun:
                 layers = json.loads(file.metadata()["layers"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); remove it and start again") from error
+            raise CheckpointError(f"{path} is damaged ({error}); remove this file and repeat the command") from error
         result = {}
         for name, meta in layers.items():
             packed = {key.removeprefix(name + ":"): t for key, t in tensors.items() if key.startswith(name + ":")}

@@ -80,14 +80,14 @@ class IntGrid:
     symmetric: bool = False
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
-    axis: Literal[0, 1] = 1
-    zero_point: Literal["integer", "float"] = "integer"
     convention: ScaleConvention | None = None
     scale_dtype: torch.dtype = torch.float16
     search: Literal["none", "mse"] = "none"
+    axis: Literal[0, 1] = 1
+    zero_point: Literal["integer", "float"] = "integer"
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in range(2, 9):
             raise GridError(f"an integer grid has 2 to 8 bits, got bits={self.bits!r}")
         if self.granularity not in ("tensor", "channel", "group"):
             raise GridError(f"granularity is 'tensor', 'channel' or 'group', got {self.granularity!r}")
@@ -296,6 +296,9 @@ class IntGrid:
             return scale, None
         if self.zero_point == "float":
             return self._float_zero(lo, scale)
+        if self.convention is ScaleConvention.MINMAX:  # a constant is no range, but its own size is a step
+            constant = (hi == lo) & (lo != 0)
+            scale = torch.where(constant, lo.abs().to(self.scale_dtype), scale)
         zero = torch.round(-lo / scale.to(lo.dtype)).clamp_(0, self.code_max).to(torch.uint8)
         return scale, zero
 

@@ -43,7 +43,7 @@ def random_orthogonal(n: int, generator: torch.Generator | None = None) -> Tenso
     q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
     if torch.linalg.det(q) < 0:
         q[:, 0] *= -1
-    return q.to(torch.float32)
+    return q.to(torch.float32).contiguous()
 
 
 def kronecker_sizes(n: int) -> tuple[int, int]:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lqedu.calibration.capture import run_block
-from lqedu.errors import CalibrationError, UsageError
+from lqedu.errors import CalibrationError, GridError, UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.linalg import HessianAccumulator
 from lqedu.methods.base import Answers, WeightOnly
 from lqedu.models.anatomy import Stage
 from lqedu.models.modes import inference
-from lqedu.rounding import RoundingReport, nearest, proxy_loss
+from lqedu.rounding import RoundingReport, nearest
 from lqedu.transforms.clipping import clip_weight
 from lqedu.transforms.folding import fold_scale, tie_heads
 
@@ -57,16 +57,19 @@ def channel_scale(activation: Tensor, alpha: float, weight: Tensor | None = None
             ``s = a^α / w^(1 - α)`` of AutoAWQ and llm-compressor, "duo scaling".
 
     Returns:
-        float32 ``[in]``, positive; a channel that never was active gets the smallest scale.
+        float32 ``[in]``, positive. A channel that never was active keeps the scale 1: calibration says nothing of it.
+        (The reference gives it the smallest scale allowed, which rounds its weights to zero, asleep or not.)
 
     >>> channel_scale(torch.tensor([4.0, 1.0, 0.25]), alpha=0.5)
     tensor([2.0000, 1.0000, 0.5000])
     """
+    alive = activation > 0
     scale = activation.float().pow(alpha)
     if weight is not None:
         scale = scale / (weight.float().pow(1 - alpha) + _SMALLEST)
-    scale = scale.clamp(min=_SMALLEST)
-    return scale / (scale.max() * scale.min()).sqrt()
+    scale = torch.where(alive, scale.clamp(min=_SMALLEST), torch.ones_like(scale))
+    largest, smallest = scale.where(alive, -torch.inf).max(), scale.where(alive, torch.inf).min()
+    return torch.where(alive, scale / (largest * smallest).sqrt(), scale)
 
 
 def weight_magnitude(weights: Sequence[Tensor], group_size: int | None) -> Tensor:
@@ -83,7 +86,8 @@ def search_scales(
 
     Args:
         activation, weight: as :func:`channel_scale`.
-        loss: of a scale ``[in]``; it quantizes with the scale and measures the output error.
+        loss: of a scale ``[in]``; it quantizes with the scale and measures the output error. A scale that carries the
+            weights out of their dtype (GridError), as can happen in float16, counts as infinitely bad.
         alphas: number of exponents. 1.0 is never tried, as in the reference.
 
     Raises:
@@ -92,11 +96,24 @@ def search_scales(
     if not bool(torch.isfinite(activation).all()):
         raise CalibrationError("the calibration activations hold NaN or infinite values")
     grid = [i / alphas for i in range(alphas)]
-    losses = [loss(channel_scale(activation, alpha, weight)) for alpha in grid]
+    losses = [_loss_or_infinity(loss, channel_scale(activation, alpha, weight)) for alpha in grid]
     best = min(range(alphas), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
     if not math.isfinite(losses[best]):
         raise CalibrationError("no scale gives a finite loss; check the calibration activations")
     return ScaleSearch(channel_scale(activation, grid[best], weight), grid[best], tuple(losses))
+
+
+def _loss_or_infinity(loss: Callable[[Tensor], float], scale: Tensor) -> float:
+    try:
+        return loss(scale)
+    except GridError:
+        return math.inf
+
+
+def _output_error(error: Tensor, hessian: Tensor) -> float:
+    """``tr(ΔW H ΔW^T)`` in the Hessian's float32: enough to rank twenty candidates, at half the price of float64."""
+    error = error.to(hessian.dtype)
+    return float(((error @ hessian) * error).sum())
 
 
 def scaled_rounding(weight: Tensor, scale: Tensor, grid: IntGrid) -> Tensor:
@@ -186,7 +203,7 @@ class AWQ(WeightOnly):
             hessian, grid = seen.hessian.result(), self.grid()
             return search_scales(
                 activation,
-                lambda scale: proxy_loss(weights[0] - scaled_rounding(weights[0], scale, grid), hessian),
+                lambda scale: _output_error(weights[0] - scaled_rounding(weights[0], scale, grid), hessian),
                 alphas=self.alphas,
                 weight=magnitude,
             )

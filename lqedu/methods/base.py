@@ -98,7 +98,7 @@ class Method:
         """Quantize one linear layer ``[out, in]``; ``hessian`` is ``None`` unless ``needs_hessian``.
 
         Returns:
-            A stored weight of one of the kinds in :mod:`lqedu.runtime.kinds`, and a report.
+            A stored weight of one of the kinds in ``lqedu.runtime.kinds``, and a report.
         """
         raise NotImplementedError
 

@@ -4,6 +4,7 @@ Grid: INT2-8. Move: nothing. Round: error feedback through the Hessian. Run: W4A
 Frantar et al., 2023, arXiv:2210.17323.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,8 +50,8 @@ class GPTQ(AnyGrid):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_schedule(self.grid(), self.block_size, self.order)
-        if not self.damping > 0:
-            raise UsageError(f"damping must be positive, got {self.damping!r}")
+        if not 0 < self.damping < math.inf:
+            raise UsageError(f"damping must be positive and finite, got {self.damping!r}")
 
     def quantize_linear(self, weight: Tensor, hessian: Tensor) -> tuple[QTensor, RoundingReport]:
         """Round one weight ``[out, in]`` with the Hessian ``[in, in]`` of its inputs."""

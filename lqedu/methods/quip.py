@@ -1,12 +1,13 @@
 """QuIP: make weight and Hessian incoherent, round with linear feedback, look back once; chapter ``07-quip``.
 
-Grid: INT2-8, one scale for the matrix. Move: rescale and rotate, undone online. Round: LDLQ and greedy passes.
+Grid: INT2-8, one scale for the matrix. Move: rotate, undone online. Round: LDLQ and greedy passes.
 Run: rotate, W2A16, rotate back. Chee et al., 2023, arXiv:2307.13304.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lqedu.errors import UsageError
@@ -18,17 +19,25 @@ from lqedu.rounding import RoundingReport, ldlq
 from lqedu.rounding.greedy import refine
 from lqedu.rounding.report import proxy_loss
 from lqedu.runtime.incoherent import IncoherentWeight
-from lqedu.transforms.incoherence import incoherent
+from lqedu.transforms.incoherence import gaussian_range, incoherent
+
+RANGES = ("gaussian", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuIP(Method):
-    """QuIP with the reference's grid ("b": ± 2.4 root mean squares of the matrix) and its incoherence processing.
+    """QuIP on one grid for the whole matrix, with two of the reference's choices replaced by what measures better.
+
+    The reference is ``QuIP(rescale=True, grid_range="reference")``. Rescaling turns an input with massive activations
+    into a column that no rotation can spread (QuIP# leaves it off too), and ± 2.4 root mean squares is the best range
+    of a Gaussian at 4 bits, far from it at 2. Chapter ``07-quip`` measures both.
 
     Attributes:
         bits: 2 to 8.
         rescale: balance the input channels with a diagonal first.
         rotate: rotate inputs and outputs with random Kronecker factors.
+        grid_range: half-width of the grid in root mean squares of the rotated matrix: "gaussian" for the best one of a
+            Gaussian, "reference" for 2.4.
         passes: greedy passes after LDLQ, at most; 0 is LDLQ alone.
         damping: fraction of the Hessian's mean diagonal added to it, once (rotations leave it as it is; the reference
             adds it before and again after).
@@ -41,8 +50,8 @@ class QuIP(Method):
     chapter: ClassVar[str] = "07-quip"
     citation: ClassVar[str] = "chee2023quip"
     answers: ClassVar[Answers] = Answers(
-        grid="INT2-8 per matrix, ± 2.4 root mean squares",
-        move="rescale input channels, rotate inputs and outputs",
+        grid="INT2-8 per matrix, in root mean squares",
+        move="rotate inputs and outputs",
         round="linear feedback (LDLQ), then greedy passes",
         run="rotate, dequantize and FP16 GEMM, rotate back",
     )
@@ -50,8 +59,9 @@ class QuIP(Method):
     needs_hessian: ClassVar[bool] = True
 
     bits: int = 2
-    rescale: bool = True
+    rescale: bool = False
     rotate: bool = True
+    grid_range: str = "gaussian"
     passes: int = 1
     damping: float = 0.01
     seed: int = 0
@@ -59,6 +69,8 @@ class QuIP(Method):
 
     def __post_init__(self) -> None:
         self.grid()  # contradictions die here
+        if self.grid_range not in RANGES:
+            raise UsageError(f"grid_range is {' or '.join(map(repr, RANGES))}, got {self.grid_range!r}")
         if not self.damping > 0:
             raise UsageError(f"damping must be positive, got {self.damping!r}")
         if self.passes < 0:
@@ -73,12 +85,22 @@ class QuIP(Method):
     def quantize_linear(self, weight: Tensor, hessian: Tensor) -> tuple[IncoherentWeight, RoundingReport]:
         """Round one weight ``[out, in]`` with the Hessian ``[in, in]`` of its inputs, and report its undamped loss."""
         transforms, w, h = incoherent(weight, hessian, seed=self.seed, rescale=self.rescale, rotate=self.rotate)
-        start, report = ldlq(w, h, self.grid(), damping=self.damping)
+        fitted = self.fit(w)
+        start, report = ldlq(w, h, self.grid(), damping=self.damping, fitted=fitted)
         rotated = refine(w, damp(h, self.damping), start, passes=self.passes)
-        changed = (rotated.codes != self.grid().encode(w, rotated.scale, rotated.zero)).double().mean()
-        return IncoherentWeight(rotated, transforms), RoundingReport(
+        return IncoherentWeight(rotated, transforms), replace(
+            report,
             proxy_loss=proxy_loss(w - rotated.dequantize(w.dtype), h),  # the same number in every basis
-            damping=report.damping,
-            dead_columns=int((hessian.diagonal() == 0).sum()),
-            flips=float(changed),
+            dead_columns=int((hessian.diagonal() == 0).sum()),  # rotated, no column is dead any more
+            flips=float((rotated.codes != self.grid().encode(w, *fitted)).double().mean()),
         )
+
+    def fit(self, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a rotated weight ``[out, in]``: the grid's own, at this method's range."""
+        scale, zero = self.grid().fit(rotated)
+        if self.grid_range == "reference":
+            return scale, zero
+        half = (self.grid().levels - 1) / 2
+        wanted = (gaussian_range(self.bits) * rotated.square().mean().sqrt() / half).to(scale.dtype).reshape(1, 1)
+        # a weight of zeros has no range: the grid's own answer decodes to zeros
+        return torch.where(wanted == 0, scale, wanted), torch.where(wanted == 0, zero, torch.full_like(zero, half))

@@ -14,7 +14,7 @@ derives it from Optimal Brain Surgeon. Where this file differs from the referenc
   kernels look for it and no index array is needed;
 - an input that was never active is rounded to nearest, not zeroed: calibration says nothing about it.
 
-Cost of ``[out, in]``: in**3 flops for the factor and its inverse (float64), about out * in**2 for the sweep.
+Cost of ``[out, in]``: 2/3 in**3 flops for the factor and its inverse (float64), about out * in**2 for the sweep.
 """
 
 from dataclasses import replace
@@ -74,7 +74,8 @@ def gptq(
     group = grid.columns_per_scale(weight.shape[1])
     check_schedule(grid, block_size, order)
 
-    w = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+    w = weight.detach()
+    w = w if w.dtype == torch.float64 else w.to(torch.float32)
     dead = hessian.diagonal() == 0
     h = damp(hessian.to(torch.float64), damping)
     h.diagonal()[dead] = 1.0  # their other entries are zero: a dead column decouples and is rounded to nearest

@@ -55,32 +55,34 @@ def refine(weight: Tensor, hessian: Tensor, quantized: QTensor, *, passes: int =
     # Column k of g / h_kk, so that a visit needs no division; a dead column has no curvature and keeps its code.
     h = (hessian.to(torch.float64) / torch.where(curvature > 0, curvature, torch.inf)).to(dtype)
     live = (curvature > 0).tolist()
-    scale = quantized.scale.to(dtype)
-    zero = None if quantized.zero is None else quantized.zero.to(dtype)
+    s_all = quantized.scale.to(dtype)
+    z_all = torch.zeros_like(s_all) if quantized.zero is None else quantized.zero.to(dtype)
+    shift = (s_all * z_all).repeat_interleave(size, 1).T  # [in, out] or [in, 1]: ŵ = s q - shift
     w_hat = quantized.dequantize(dtype).T.contiguous()  # [in, out]: a column lies together in memory
-    target = weight.to(dtype).T
-    codes = quantized.codes.T.to(dtype).contiguous()
+    target = weight.detach().to(dtype).T
+    codes = list(quantized.codes.T.to(dtype))
     for _ in range(passes):
-        before = codes.clone()
+        before = w_hat.clone()
         g = h.T @ (w_hat - target)  # [in, out], afresh each pass: rounding errors of updates do not pile up
+        offset = -(w_hat + shift)
         for start in range(0, len(w_hat), _BLOCK):
             end = min(start + _BLOCK, len(w_hat))
             moves = torch.zeros_like(w_hat[start:end])
             for k in range(start, end):
                 if live[k]:
-                    s, z = scale[:, k // size], 0 if zero is None else zero[:, k // size]
+                    s, z = s_all[:, k // size], z_all[:, k // size]
                     codes[k] = grid.nearest_code(w_hat[k] - g[k], s, z)
-                    moves[k - start] = s * (codes[k] - z) - w_hat[k]
+                    torch.addcmul(offset[k], codes[k], s, out=moves[k - start])  # the new ŵ_k less the old one
                     g[start:end].addr_(h[k, start:end], moves[k - start])
             w_hat[start:end] += moves
             g[end:] += h[start:end, end:].T @ moves  # columns before this block are not visited again in this pass
-        if torch.equal(codes, before):
+        if torch.equal(w_hat, before):
             break
-    refined = QTensor(codes.T.to(grid.code_dtype).contiguous(), quantized.scale, quantized.zero, grid)
+    refined = QTensor(torch.stack(codes, 1).to(grid.code_dtype), quantized.scale, quantized.zero, grid)
     # In float32 a tie may go the wrong way by one part in 10^7; what is promised is promised exactly.
     rose = _loss(weight, hessian, refined) > _loss(weight, hessian, quantized)
     return quantized if rose else refined
 
 
 def _loss(weight: Tensor, hessian: Tensor, quantized: QTensor) -> float:
-    return proxy_loss(weight.to(torch.float64) - quantized.dequantize(torch.float64), hessian)
+    return proxy_loss(weight.detach().to(torch.float64) - quantized.dequantize(torch.float64), hessian)

@@ -157,6 +157,7 @@ def _start(
         raise UsageError(f"beta is positive and kappa at least 1, got {beta!r} and {kappa!r}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise UsageError(f"iterations is a number of steps, at least 0, got {iterations!r}")
-    w = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+    w = weight.detach()
+    w = w if w.dtype == torch.float64 else w.to(torch.float32)
     scale, zero = grid.fit(w)
     return grid.grouped(w), scale.to(w.dtype).unsqueeze(-1), zero.to(w.dtype).unsqueeze(-1), scale

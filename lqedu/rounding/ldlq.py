@@ -18,7 +18,14 @@ from lqedu.rounding.report import RoundingReport, check_problem, proxy_loss
 _BLOCK = 128  # columns updated at once before the rest of the matrix is touched: speed only
 
 
-def ldlq(weight: Tensor, hessian: Tensor, grid: IntGrid, *, damping: float = 0.01) -> tuple[QTensor, RoundingReport]:
+def ldlq(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: IntGrid,
+    *,
+    damping: float = 0.01,
+    fitted: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[QTensor, RoundingReport]:
     """Round a weight with linear feedback; every scale is fitted to ``weight`` before the first column is rounded.
 
     Args:
@@ -26,6 +33,7 @@ def ldlq(weight: Tensor, hessian: Tensor, grid: IntGrid, *, damping: float = 0.0
         hessian: ``[in, in]``, ``(1/tokens) Σ x^T x``.
         grid: the grid, any granularity.
         damping: fraction of the Hessian's mean diagonal added to it.
+        fitted: scale and zero point to round with, in the grid's shapes and dtypes, instead of ``grid.fit(weight)``.
 
     Returns:
         The quantized weight and its report. No argument is changed.
@@ -42,13 +50,14 @@ def ldlq(weight: Tensor, hessian: Tensor, grid: IntGrid, *, damping: float = 0.0
     True
     """
     check_problem(weight, hessian, damping)
-    w = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+    w = weight.detach()
+    w = w if w.dtype == torch.float64 else w.to(torch.float32)
     dead = hessian.diagonal() == 0
     h = damp(hessian.to(torch.float64), damping)
     h.diagonal()[dead] = 1.0
     feedback = ldl_upper(h)[0].to(w.dtype)  # [in, in], unit upper triangular
 
-    scale, zero = grid.fit(w)
+    scale, zero = grid.fit(w) if fitted is None else fitted
     codes = _sweep(w, feedback, grid, scale, zero)
     quantized = QTensor(codes, scale, zero, grid)
     report = RoundingReport(
@@ -61,20 +70,23 @@ def ldlq(weight: Tensor, hessian: Tensor, grid: IntGrid, *, damping: float = 0.0
 
 
 def _sweep(w: Tensor, feedback: Tensor, grid: IntGrid, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Codes ``[out, in]`` of ``w``, column by column; errors reach the columns behind a block once a block."""
-    weight = w.T
-    target = weight.contiguous().clone()  # [in, out]: a column lies together in memory
-    codes = torch.empty(target.shape, dtype=grid.code_dtype, device=w.device)
-    delta = torch.empty_like(target[:_BLOCK])
-    s_all, z_all = scale.to(w.dtype), None if zero is None else zero.to(w.dtype)
+    """Codes ``[out, in]`` of ``w``, column by column; errors reach the columns behind a block once a block.
+
+    On a GPU the columns are a chain of tiny kernels, so that a column should need few of them.
+    """
+    target = w.T.contiguous().clone()  # [in, out]: a column lies together in memory
     size = grid.columns_per_scale(w.shape[1])
+    s_all, z_all = scale.to(w.dtype), torch.zeros_like(scale, dtype=w.dtype) if zero is None else zero.to(w.dtype)
+    offset = -(w + (s_all * z_all).repeat_interleave(size, 1)).T.contiguous()  # Ŵ - W = s q - (W + s z)
+    codes = []
     for start in range(0, len(target), _BLOCK):
         end = min(start + _BLOCK, len(target))
+        delta = torch.empty_like(target[start:end])  # Ŵ - W of this block
         for k in range(start, end):
-            s, z = s_all[:, k // size], 0 if z_all is None else z_all[:, k // size]  # [out] or [1]
+            s, z = s_all[:, k // size], z_all[:, k // size]  # [out] or [1]
             q = grid.nearest_code(target[k], s, z)  # [out]
-            codes[k] = q
-            torch.sub(s * (q - z), weight[k], out=delta[k - start])
+            codes.append(q)
+            torch.addcmul(offset[k], q, s, out=delta[k - start])
             target[k + 1 : end].addr_(feedback[k, k + 1 : end], delta[k - start], alpha=-1)
-        target[end:] -= feedback[start:end, end:].T @ delta[: end - start]
-    return codes.T.contiguous()
+        target[end:] -= feedback[start:end, end:].T @ delta
+    return torch.stack(codes, 1).to(grid.code_dtype)

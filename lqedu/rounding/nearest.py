@@ -31,6 +31,7 @@ def nearest(weight: Tensor, grid: IntGrid, *, hessian: Tensor | None = None) -> 
     """
     if hessian is not None:
         check_problem(weight, hessian, damping=0.0)
+    weight = weight.detach()  # a layer's weight may be a parameter; codes have no gradient
     scale, zero = grid.fit(weight)
     quantized = QTensor(grid.encode(weight, scale, zero), scale, zero, grid)
     if hessian is None:

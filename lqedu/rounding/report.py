@@ -1,5 +1,6 @@
 """What a rounding did: the same few numbers for every rounding, and the input checks that all of them share."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +44,13 @@ def check_problem(weight: Tensor, hessian: Tensor, damping: float) -> None:
     check_weight(weight)
     columns = weight.shape[1]
     if not isinstance(hessian, Tensor) or hessian.shape != (columns, columns):
-        raise CalibrationError(
-            f"a weight {list(weight.shape)} needs a Hessian [{columns}, {columns}], got {list(hessian.shape)}"
-        )
+        got = list(hessian.shape) if isinstance(hessian, Tensor) else type(hessian).__name__
+        raise CalibrationError(f"a weight {list(weight.shape)} needs a Hessian [{columns}, {columns}], got {got}")
     if hessian.device != weight.device:
         raise CalibrationError(
             f"the weight is on {weight.device} and its Hessian on {hessian.device}; move one of them"
         )
     if not bool(torch.isfinite(hessian).all()):
         raise CalibrationError(f"the Hessian [{columns}, {columns}] holds NaN or infinite values")
-    if not damping >= 0:
-        raise UsageError(f"damping is a fraction of the mean diagonal and at least 0, got {damping!r}")
+    if not isinstance(damping, int | float) or not 0 <= damping < math.inf:
+        raise UsageError(f"damping is a fraction of the mean diagonal, finite and at least 0, got {damping!r}")

@@ -22,6 +22,9 @@ from lqedu.transforms.incoherence import Incoherence
 
 Factors = tuple[int, int]
 
+#: Names of the tensors that may be stored beside the grid's own.
+TRANSFORMS = ("u_left", "u_right", "u_order", "v_left", "v_right", "v_order", "channel_scale")
+
 
 @dataclass(frozen=True)
 class IncoherentLayout:

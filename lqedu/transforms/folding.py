@@ -3,7 +3,7 @@
     y = x w^T = (x / s) (w · s)^T
 
 The weight takes its half offline. The other half, ``1 / s`` per channel of ``x``, goes into whatever produced ``x``
-linearly, the stage's *source* (:mod:`lqedu.models.anatomy`): a norm's gain, the rows of ``v_proj`` or ``up_proj``, the first
+linearly, the stage's *source* (``lqedu.models.anatomy``): a norm's gain, the rows of ``v_proj`` or ``up_proj``, the first
 layer of an MLP with ReLU. Nothing remains to be done while the model runs. Chapters ``05-awq`` and ``08-smoothquant``.
 """
 
@@ -28,8 +28,8 @@ def fold_scale(block: nn.Module, stage: Stage, scale: Tensor) -> dict[str, Tenso
         to be rounded, the others must be kept.
 
     Raises:
-        UsageError: a stage without a source, a scale of the wrong shape, or one that is not finite and positive in the
-            dtype of the parameters.
+        UsageError: a stage without a source, a scale of the wrong shape, one that is not finite and positive in the
+            dtype of the parameters, or one that carries a parameter out of that dtype.
     """
     if stage.source is None:
         raise UsageError(f"nothing before {', '.join(stage.linears)} can absorb a scale")
@@ -89,4 +89,8 @@ def _check(scale: Tensor, linear: nn.Module) -> None:
 
 
 def _replace(owner: nn.Module, name: str, value: Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise UsageError(
+            f"the scale carries a {name} {list(value.shape)} out of {value.dtype}; bound it before folding"
+        )
     setattr(owner, name, nn.Parameter(value.detach(), requires_grad=False))

@@ -13,6 +13,7 @@ Chee et al., 2023, arXiv:2307.13304, sections 3.2 and 4. Chapter ``07-quip``.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -72,6 +73,32 @@ def rescaling(weight: Tensor, hessian: Tensor) -> Tensor:
     mean = logs.sum() / live.sum().clamp(min=1)
     scale = torch.where(live, (logs - mean).exp(), 1.0)
     return scale.clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE).to(torch.float16)
+
+
+@cache
+def gaussian_range(bits: int) -> float:
+    """The half-width, in standard deviations, of the evenly spaced grid with the least squared error on a Gaussian.
+
+    Rotated weights are nearly Gaussian, so one number for each bit width serves every layer. The published grid takes
+    2.4 at every width. Max, 1960, doi:10.1109/TIT.1960.1057548, table II.
+
+    >>> [round(gaussian_range(bits), 2) for bits in (2, 3, 4)]
+    [1.49, 2.05, 2.51]
+    """
+    half = torch.linspace(1, 5, 4001, dtype=torch.float64)[:, None]
+    levels = half * torch.linspace(-1, 1, 2**bits, dtype=torch.float64)  # [4001, 2**bits]
+    middle = (levels[:, 1:] + levels[:, :-1]) / 2
+    outer = torch.full_like(half, 40.0)  # far enough to be infinity, and finite where it is multiplied by a density
+    lo, hi = torch.cat([-outer, middle], 1), torch.cat([middle, outer], 1)
+
+    def density(x: Tensor) -> Tensor:
+        return torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+
+    # the integral of (x - level)² over the cell of each level
+    mass = torch.special.ndtr(hi) - torch.special.ndtr(lo)
+    error = (1 + levels.square()) * mass + lo * density(lo) - hi * density(hi)
+    error += 2 * levels * (density(hi) - density(lo))
+    return float(half[error.sum(1).argmin(), 0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +173,7 @@ def incoherent(
         CalibrationError: a Hessian of the wrong shape or not finite.
     """
     check_problem(weight, hessian, damping=0.0)
+    weight = weight.detach()  # a layer's weight may be a parameter
     u = v = None
     if rotate:
         outputs, inputs = (torch.Generator().manual_seed(2 * seed + side) for side in (0, 1))

@@ -67,6 +67,7 @@ def test_bytes_by_part_equal_the_formula(saved: Path) -> None:
     assert parts["linears_fp16"] == sum(2 * layer.in_features * layer.out_features for layer in layers)
     total = sum(t.nbytes for t in load_file(saved / "model.safetensors").values())
     assert parts["codes"] + parts["scales"] + parts["zeros"] + parts["other_tensors"] == total
+    assert parts["transforms"] == 0  # RTN stores none
 
 
 def test_no_pickle_in_the_folder(saved: Path) -> None:

@@ -205,3 +205,16 @@ def test_qtensor_refuses_parts_that_do_not_belong_together() -> None:
         QTensor.from_packed({"codes": packed["codes"]}, grid, (2, 8))
     with pytest.raises(GridError, match="do not fit"):
         QTensor.from_packed(packed, grid, (2, 16))
+
+
+@pytest.mark.parametrize("value", [3.3, 100.0, -100.0, 1e-3])
+def test_a_constant_group_decodes_to_itself_under_every_convention(value):
+    w = torch.full((2, 32), value)
+    for convention in ScaleConvention:
+        if convention is ScaleConvention.RMS:
+            continue
+        symmetric = convention in (ScaleConvention.FULL_RANGE, ScaleConvention.MAX_CODE)
+        grid = IntGrid(4, symmetric, "group", 16, convention=convention)
+        scale, zero = grid.fit(w)
+        w_hat = grid.decode(grid.encode(w, scale, zero), scale, zero)
+        assert torch.allclose(w_hat, w, rtol=0.07 if symmetric else 2e-3), convention

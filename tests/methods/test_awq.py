@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import lqedu
 from lqedu.calibration.capture import block_inputs, run_block
@@ -35,9 +38,12 @@ def test_scales_are_normalised(alpha, duo):
 
 
 def test_dead_channels_get_a_finite_scale():
-    s = channel_scale(torch.tensor([0.0, 1.0, 2.0]), 0.5)
-    assert bool(torch.isfinite(s).all()) and bool((s > 0).all())
-    assert int(s.argmin()) == 0
+    """One, whatever the others are, and the others are scaled as if it were not there."""
+    for duo in (None, torch.tensor([0.5, 0.2, 0.8])):
+        s = channel_scale(torch.tensor([0.0, 1.0, 2.0]), 0.5, duo)
+        assert float(s[0]) == 1.0
+        assert torch.equal(s[1:], channel_scale(torch.tensor([1.0, 2.0]), 0.5, None if duo is None else duo[1:]))
+    assert torch.equal(channel_scale(torch.zeros(3), 0.5), torch.ones(3))
     assert bool(torch.isfinite(weight_magnitude([torch.zeros(4, 32)], 16)).all())
 
 
@@ -120,6 +126,47 @@ def test_save_reload_and_resume_keep_the_changed_norms(tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in resumed.state_dict().items())
     name = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(state[name], model.state_dict()[name])
+
+
+def test_a_scale_that_overflows_half_precision_is_passed_over():
+    """The strongest channel has a weight near the end of float16: only α = 0 keeps it finite."""
+    activation = torch.tensor([100.0, 1.0, 1.0, 1.0])
+    w = torch.tensor([[6e4, 1.0, 2.0, 3.0]], dtype=torch.float16)
+    grid = IntGrid(4, convention=ScaleConvention.MINMAX)
+    found = search_scales(
+        activation, lambda s: float((w - scaled_rounding(w, s, grid)).float().square().mean()), alphas=4
+    )
+    assert found.alpha == 0
+    assert found.losses[0] < float("inf")
+    assert found.losses[1:] == (float("inf"),) * 3
+
+
+@torch.no_grad()
+def test_a_half_precision_model_stays_close_to_its_dense_self():
+    model, windows = tiny_model("llama"), tiny_windows(4, 16)
+    dense = model(windows).logits
+    quantized = lqedu.quantize(tiny_model("llama").half(), _method(bits=8), windows)
+    assert relative_error(quantized(windows).logits.float(), dense) < 0.05
+
+
+def test_nan_activations_are_refused_with_the_reason():
+    model, windows = tiny_model("llama"), tiny_windows(4, 16)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[windows[0, 0]] = torch.nan
+    with pytest.raises(CalibrationError, match="activations hold NaN or infinite values"):
+        lqedu.quantize(model, _method(), windows)
+
+
+def test_a_saved_model_reloads_to_the_same_tensors(tmp_path):
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    model, windows = tiny_model("qwen2"), tiny_windows(4, 16)
+    quantized = lqedu.quantize(model, _method(), windows)
+    lqedu.save(quantized, tmp_path / "model", tokenizer)
+    reloaded, _ = lqedu.load_model(tmp_path / "model")
+    state = quantized.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in reloaded.state_dict().items())
+    assert torch.equal(reloaded(windows).logits, quantized(windows).logits)
 
 
 def test_bad_input():

@@ -9,7 +9,7 @@ from torch import Tensor
 from lqedu.errors import CalibrationError, GridError, NotPositiveDefiniteError, UsageError
 from lqedu.formats import IntGrid
 from lqedu.linalg import damp, inverse_factor, ldl_upper
-from lqedu.rounding import gptq, ldlq, nearest, proxy_loss
+from lqedu.rounding import gptq, hqq, ldlq, nearest, proxy_loss
 from tests import problems, tolerances
 from tests.compare import assert_codes_equal, code_mismatch
 
@@ -213,3 +213,24 @@ def test_refusals() -> None:
         gptq(w, h, grid, block_size=0)
     with pytest.raises(CalibrationError, match="Hessian"):
         nearest(w, grid, hessian=h[:2, :2])
+
+
+def test_a_parameter_leaves_no_gradient_behind():
+    weight = torch.nn.Parameter(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+    h = torch.eye(16) + 0.5
+    for quantized, _ in (
+        gptq(weight, h, IntGrid(4)),
+        ldlq(weight, h, IntGrid(4)),
+        nearest(weight, IntGrid(4), hessian=h),
+        hqq(weight, IntGrid(4, zero_point="float")),
+    ):
+        assert not quantized.scale.requires_grad and not quantized.dequantize().requires_grad
+
+
+def test_arguments_of_a_wrong_type_get_a_sentence():
+    w = torch.ones(2, 4)
+    with pytest.raises(CalibrationError, match="got list"):
+        gptq(w, [[1.0]], IntGrid(4))
+    for damping in ("a", float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="damping"):
+            gptq(w, torch.eye(4), IntGrid(4), damping=damping)

@@ -73,6 +73,15 @@ def test_a_scale_that_only_float32_can_hold_is_refused_in_half_precision():
         fold_scale(block_list(model)[0], describe(model).stages[0], torch.full((32,), 1e-6))
 
 
+def test_a_weight_that_overflows_half_precision_is_refused():
+    """A gain of 10 divided by 1e-4 is 100,000, and float16 ends at 65,504."""
+    model = tiny_model("llama").half()
+    block = block_list(model)[0]
+    block.input_layernorm.weight = torch.nn.Parameter(torch.full((32,), 10.0).half())
+    with pytest.raises(UsageError, match=r"carries a weight \[32\] out of torch.float16"):
+        fold_scale(block, describe(model).stages[0], torch.full((32,), 1e-4))
+
+
 def test_shapes_and_missing_sources():
     model = tiny_model("llama")
     with pytest.raises(UsageError, match="32 inputs"):

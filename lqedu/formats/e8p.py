@@ -9,7 +9,9 @@ What makes it cheap is that a point of D8 + ½ is a pattern of absolute values w
 by an odd number, so of the 256 choices of signs exactly half keep it even, whatever the pattern: seven signs are free and
 the eighth follows. A codeword is then
 
-    bits 8 to 15  which of 256 patterns       bits 1 to 7  signs of the first seven values (1: negative)       bit 0  + ¼ or - ¼
+    bits 8 to 15  which of 256 patterns
+    bits 1 to 7   signs of the first seven values, 1 for minus
+    bit 0         the shift, 1 for + ¼ and 0 for - ¼
 
 and decoding needs a table of 256 patterns, 1 KiB at 4 bits a value, instead of 65,536 vectors.
 
@@ -36,7 +38,7 @@ def patterns() -> Tensor:
 
     These are all 227 patterns of squared norm up to 10, and 29 of the 224 of squared norm 12, which complete 8 bits. The
     paper lists the 29 it took; here they are the first, in the order of positions, of the 56 that hold five 1½. Codewords
-    so far out are rare and all equally far, so the choice moves the error of a Gaussian by less than 1 %: codes of
+    so far out are rare and all equally far, so the choice moves the error of a Gaussian by a few parts in a thousand: codes of
     another implementation decode to other vectors here, but cost the same.
     """
     return _tables(torch.device("cpu"), torch.float32)[0].clone()
@@ -66,7 +68,7 @@ def encode(x: Tensor) -> Tensor:
         GridError: NaN or infinite values.
 
     >>> decode(encode(torch.tensor([0.3, -0.9, 1.9, 0.1, -0.2, 0.4, -0.6, 2.0])))
-    tensor([ 0.2500, -0.7500,  1.2500,  0.2500, -0.7500,  0.2500, -0.7500,  1.2500])
+    tensor([ 0.2500, -0.7500,  1.2500,  0.2500, -0.7500,  0.2500, -0.7500,  2.2500])
     """
     if x.shape[-1:] != (DIMENSION,) or not x.is_floating_point():
         raise UsageError(f"E8P encodes floating-point vectors of {DIMENSION} values, got {list(x.shape)} {x.dtype}")
@@ -79,7 +81,7 @@ def encode(x: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codewords ``[..., 8]`` of codes: odd multiples of ¼ of magnitude at most 2¾, exact in every dtype of 8 bits or more.
+    """Codewords ``[..., 8]`` of codes: odd multiples of ¼ up to ± 2¾, exact in 16-bit dtypes too.
 
     Args:
         codes: any integer dtype, ``[...]``, 0 to 65,535.
@@ -110,16 +112,16 @@ def _encode_chunk(x: Tensor) -> Tensor:
     for bit, shift in ((0, -0.25), (1, 0.25)):
         y = x - shift
         magnitude, negative = y.abs(), y < 0
-        turn = (table[:, 0] * magnitude[:, :1]).contiguous()  # min_i s_i |y_i|, [n, 256], one coordinate at a time
+        turn = table[:, 0] * magnitude[:, :1]  # min_i s_i |y_i|, [n, 256], one coordinate at a time
         for i in range(1, DIMENSION):
             turn = torch.minimum(turn, table[:, i] * magnitude[:, i : i + 1])
-        mismatch = (negative.sum(-1, keepdim=True) + odd) & 1  # [n, 256]
-        cost = norms - 2 * (magnitude @ table.T) + 4 * mismatch * turn
+        mismatch = (negative.sum(-1, keepdim=True) % 2 == 1) != (odd == 1)  # [n, 256]
+        cost = norms - 2 * (magnitude @ table.T) + 4 * torch.where(mismatch, turn, 0.0)
         least, index = cost.min(dim=-1)
         least = least + y.square().sum(-1)  # the two shifts measure from different origins
-        mismatched = mismatch.gather(-1, index[:, None])
         cheapest = (table[index] * magnitude).argmin(-1, keepdim=True)
-        negative = negative.scatter(-1, cheapest, negative.gather(-1, cheapest) ^ mismatched.to(torch.bool))
+        turned = negative.gather(-1, cheapest) ^ mismatch.gather(-1, index[:, None])
+        negative = negative.scatter(-1, cheapest, turned)
         weights = 2 << torch.arange(DIMENSION - 1, device=x.device)
         code = (index << 8) + (negative[:, :-1] * weights).sum(-1) + bit
         if best_cost is None:

@@ -5,7 +5,8 @@ provenance. Timings are raw samples of a synchronized clock after a warm-up, nev
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,12 +14,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 import lqedu
 from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
 from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QuIP
 from lqedu.models import weights_sha256
+from lqedu.models.anatomy import linears
+from lqedu.models.copying import copy_sharing_tensors
 from lqedu.runtime import quantized_linears
 
 CALIBRATION = {"corpus": "sotu", "split": "calibration", "windows": 32, "length": 512, "seed": 0}
@@ -78,6 +82,28 @@ def hqq(device: str) -> Measurement:
         if bits < 8:
             rows.append(bench.row(RTN(bits=bits, group_size=64, zero_point="float")))
             rows.append(bench.row(HQQ(bits=bits, group_size=64, axis=0)))
+    return bench.configuration(), rows
+
+
+def hqq_study(device: str) -> Measurement:
+    """Chapter 06: HQQ with value projections left to RTN, on shuffled columns, and at other settings, 32 windows."""
+    bench = _Bench(device, windows=32)
+    rows = [bench.row(None)]
+
+    def add(name: str, bits: int, model: nn.Module) -> None:
+        result = lqedu.perplexity(model, bench.windows, batch_size=bench.batch_size)
+        rows.append({"name": name, "bits": bits, "group_size": 64, **_quality(result, bench.dense)})
+        print(f"{name}: ppl {result.ppl:.3f}", flush=True)
+
+    nearest, ours = (lqedu.quantize(bench.model, method(bits=3, group_size=64)) for method in (RTN, HQQ))
+    for name, model, other in (("rtn", nearest, ours), ("hqq", ours, nearest)):
+        add(name, 3, model)
+        with _exchanged(model, other, "v_proj"):
+            add(f"{name}, values by {'hqq' if model is nearest else 'rtn'}", 3, model)
+    for method in (RTN, HQQ):
+        add(f"{method.name}, shuffled columns", 4, _by_shuffled_columns(bench.model, method(bits=4, group_size=64)))
+    for method in (HQQ(bits=4, group_size=96), HQQ(bits=4, group_size=64, beta=100.0)):
+        rows.append(bench.row(method))
     return bench.configuration(), rows
 
 
@@ -214,13 +240,11 @@ def ceilings(device: str) -> Measurement:
 class _Bench:
     """The dense model, both texts, and the dense perplexity that every row is paired with."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, windows: int = EVALUATION["windows"]) -> None:
         self.model, self.tokenizer = lqedu.load_model("smollm2-135m", device=device)
         self.digest = weights_sha256(self.model)
         text = lqedu.load_corpus(EVALUATION["corpus"], split="evaluation")
-        self.windows = lqedu.token_windows(
-            self.tokenizer, text, length=EVALUATION["length"], count=EVALUATION["windows"]
-        )
+        self.windows = lqedu.token_windows(self.tokenizer, text, length=EVALUATION["length"], count=windows)
         self.text = lqedu.load_corpus(CALIBRATION["corpus"], split="calibration")
         self.batch_size = 64 if device == "cuda" else 4
         self.dense = lqedu.perplexity(self.model, self.windows, batch_size=self.batch_size)
@@ -230,7 +254,7 @@ class _Bench:
             "model": "smollm2-135m",
             "weights_sha256": self.digest,
             "calibration": CALIBRATION,
-            "evaluation": EVALUATION | {"windows_sha256": self.dense.windows_sha256},
+            "evaluation": EVALUATION | {"windows": len(self.windows), "windows_sha256": self.dense.windows_sha256},
         }
 
     def evaluate(self, method: Method, windows: int) -> tuple[Perplexity, Any, float]:
@@ -261,6 +285,33 @@ class _Bench:
         }
         print(f"{method} windows={windows}: ppl {row['ppl']:.3f} in {seconds:.1f} s", flush=True)
         return row
+
+
+@contextmanager
+def _exchanged(model: nn.Module, other: nn.Module, last_name: str) -> Iterator[None]:
+    """``model`` with the layers called ``last_name`` taken from ``other``; afterwards as it was."""
+    own = {name: layer for name, layer in model.named_modules() if name.rsplit(".", 1)[-1] == last_name}
+    try:
+        for name in own:
+            model.set_submodule(name, other.get_submodule(name))
+        yield
+    finally:
+        for name, layer in own.items():
+            model.set_submodule(name, layer)
+
+
+def _by_shuffled_columns(model: nn.Module, method: Method) -> nn.Module:
+    """A dense copy with what ``method`` makes of each weight when its groups are random columns, not neighbours.
+
+    SmolLM2's weights lie on a lattice of 32 neighbours (chapter 03), which random groups do not see.
+    """
+    result = copy_sharing_tensors(model)
+    generator = torch.Generator().manual_seed(0)
+    for linear in linears(result).values():
+        order = torch.randperm(linear.in_features, generator=generator).to(linear.weight.device)
+        quantized, _ = method.quantize_linear(linear.weight.detach()[:, order], None)
+        linear.weight = nn.Parameter(quantized.dequantize()[:, order.argsort()], requires_grad=False)
+    return result
 
 
 def _total(values: list[float | None]) -> float | None:
@@ -316,6 +367,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "awq": awq,
     "hqq": hqq,
     "hqq-layer": hqq_layer,
+    "hqq-study": hqq_study,
     "quip": quip,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,

@@ -103,8 +103,8 @@ def hqq(
     """Round a weight with zero points optimised by half-quadratic splitting.
 
     Args:
-        weight: ``[out, in]``; computed in float32, or float64 if it is float64. The default ``beta`` is meant for weights
-            of the usual size, about 0.02: the result is not invariant to scaling the weight.
+        weight: ``[out, in]``; computed in float32, or float64 if it is float64. The result is not invariant to scaling
+            it: errors below ``beta ** (-1 / (2 - p))``, 0.17 by default, are shrunk to zero.
         grid: an asymmetric grid with float zero points; its scales are fitted once and kept.
         p: exponent of the norm, in (0, 1].
         beta: weight of the quadratic, positive; it is multiplied by ``kappa`` ≥ 1 after each step.

@@ -2,6 +2,7 @@
 
 from lqedu.linalg.hadamard import (
     fast_hadamard,
+    hadamard_block,
     hadamard_factors,
     hadamard_matrix,
     hadamard_operations,
@@ -11,7 +12,7 @@ from lqedu.linalg.hessian import HessianAccumulator, damp, inverse_factor, ldl_u
 from lqedu.linalg.orthogonal import KroneckerRotation, kronecker_sizes, random_orthogonal
 
 __all__ = [
-    "HessianAccumulator", "KroneckerRotation", "damp", "fast_hadamard", "hadamard_factors", "hadamard_matrix",
+    "HessianAccumulator", "KroneckerRotation", "damp", "fast_hadamard", "hadamard_block", "hadamard_factors", "hadamard_matrix",
     "hadamard_operations", "inverse_factor", "kronecker_sizes", "ldl_upper", "random_orthogonal",
     "randomized_hadamard",
 ]  # fmt: skip

@@ -9,7 +9,8 @@ of every input, so no single large input stays visible. Orders above 2 are multi
 - Williamson (1944): from four symmetric circulant matrices whose squares add up to ``4 n I``, of order ``4 n``.
 
 **The factorization rule**, which kernels follow too: ``n = m · 2^k`` with the smallest ``m`` that has one of the
-constructions (1 for a power of two), and ``H_n = H_m ⊗ H_{2^k}``.
+constructions (1 for a power of two), and ``H_n = H_m ⊗ H_{2^k}``. Of the multiples of 4 up to 256 it lacks 188 and 236. Where
+it finds no factor, :func:`hadamard_block` names the largest blocks that can be transformed one by one.
 """
 
 from functools import lru_cache
@@ -19,10 +20,23 @@ from torch import Tensor
 
 from lqedu.errors import UsageError
 
-# Orders 156 and 172, which neither of Paley's constructions reaches and widths of real models need (11008 = 172 · 64).
-# First rows of four symmetric circulants, found by searching the rows whose signs are
-# constant on, or permuted among each other by, a group of multipliers; the tests verify the product.
+# Orders 92, 116, 156 and 172, which neither of Paley's constructions reaches; widths of real models need 172 (11008 = 172 · 64).
+# First rows of four symmetric circulants. 39 and 43: found by searching the rows whose signs are constant on, or permuted
+# among each other by, a group of multipliers. 23 and 29: by searching all symmetric rows, matching pairs whose
+# autocorrelations add up to opposite numbers. The tests verify the products.
 _WILLIAMSON = {
+    23: (
+        "+++-+++-+------+-+++-++",
+        "+++---++-+-++-+-++---++",
+        "++---+---+-++-+---+---+",
+        "+-++-++--++++++--++-++-",
+    ),
+    29: (
+        "++-+-++++--+------+--++++-+-+",
+        "++-+-++----+--++--+----++-+-+",
+        "+-+--+-+++++--++--+++++-+--+-",
+        "++-++-+++---++++++---+++-++-+",
+    ),
     39: (
         "++--+++-+--++-+----------+-++--+-+++--+",
         "+---+--++++----+-+-++-+-+----++++--+---",
@@ -43,22 +57,37 @@ def hadamard_factors(n: int) -> tuple[int, int]:
     """``(m, 2^k)`` with ``n = m · 2^k`` by the factorization rule.
 
     Raises:
-        UsageError: no order that divides ``n`` in this way is known here; the sentence names a block size that is.
+        UsageError: no order that divides ``n`` in this way is known here; the sentence names :func:`hadamard_block`'s.
 
     >>> hadamard_factors(4096), hadamard_factors(576), hadamard_factors(11008), hadamard_factors(14336)
     ((1, 4096), (36, 16), (172, 64), (28, 512))
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise UsageError(f"a Hadamard transform has a positive number of features, got {n!r}")
-    power = n & -n
-    m = n // power
-    while m <= min(n, _LARGEST):
-        if m == 1 or _construction(m) is not None:
-            return m, n // m
-        m *= 2
-    raise UsageError(
-        f"no Hadamard matrix of order {n} = {n // power} · {power} is constructed here; transform blocks of {power} instead"
-    )
+    factors = _factors(n)
+    if factors is None:
+        power = n & -n
+        raise UsageError(
+            f"no Hadamard matrix of order {n} = {n // power} · {power} is constructed here; "
+            f"transform blocks of {hadamard_block(n)} instead"
+        )
+    return factors
+
+
+def hadamard_block(n: int) -> int:
+    """The largest divisor of ``n`` that has a Hadamard matrix: ``n`` itself where there is one.
+
+    The block-diagonal ``I ⊗ H_b`` is as orthogonal as ``H_n``, but an output sees only the ``b`` inputs of its block.
+
+    Raises:
+        UsageError: ``n`` is not a positive integer.
+
+    >>> hadamard_block(11008), hadamard_block(13696), hadamard_block(9)
+    (11008, 128, 1)
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise UsageError(f"a Hadamard transform has a positive number of features, got {n!r}")
+    return next(n // d for d in range(1, n + 1) if n % d == 0 and _factors(n // d) is not None)
 
 
 def hadamard_matrix(n: int) -> Tensor:
@@ -107,7 +136,7 @@ def fast_hadamard(x: Tensor, *, inverse: bool = False) -> Tensor:
         y = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), dim=-2)
         half *= 2
     if m > 1:
-        base = _base(m).to(y.device, y.dtype)
+        base = _base_like(m, y.device, y.dtype)
         y = (base.T if inverse else base) @ y.reshape(*x.shape[:-1], m, power)
     return (y.reshape(x.shape) * n**-0.5).to(x.dtype)
 
@@ -129,6 +158,24 @@ def randomized_hadamard(n: int, generator: torch.Generator) -> Tensor:
     """
     signs = torch.randint(0, 2, (n, 1), generator=generator, dtype=torch.float64) * 2 - 1
     return signs * hadamard_matrix(n).to(torch.float64) * n**-0.5
+
+
+@lru_cache
+def _factors(n: int) -> tuple[int, int] | None:
+    """:func:`hadamard_factors`, or ``None``."""
+    m = n // (n & -n)
+    while m <= min(n, _LARGEST):
+        if m == 1 or _construction(m) is not None:
+            return m, n // m
+        m *= 2
+    return None
+
+
+@lru_cache
+def _base_like(m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix of the odd part where an online transform needs it: copied to a device once, not for every layer."""
+    with torch.inference_mode(False):  # kept for later calls, which may want gradients
+        return _base(m).to(device, dtype, copy=True)
 
 
 @lru_cache

@@ -1,5 +1,7 @@
 """Hadamard matrices: orthogonal in exact arithmetic, and a fast transform equal to the product with them."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from lqedu.errors import UsageError
 from lqedu.linalg.hadamard import (
     _characters,
+    _powers_of_a_generator,
     fast_hadamard,
+    hadamard_block,
     hadamard_factors,
     hadamard_matrix,
     hadamard_operations,
@@ -31,6 +35,10 @@ MODELS = {  # widths of real models and the factors that kernels are compiled fo
     4864: (76, 64),
     8960: (140, 64),
     9984: (156, 64),
+    2944: (92, 32),
+    3712: (116, 32),
+    10944: (684, 16),
+    29568: (924, 32),
 }
 
 
@@ -40,6 +48,24 @@ def test_rows_are_orthogonal(n):
     assert set(h.unique().tolist()) <= {-1, 1}
     assert torch.equal(h @ h.T, n * torch.eye(n, dtype=torch.int64))
     assert torch.equal(h.T @ h, n * torch.eye(n, dtype=torch.int64))
+
+
+def test_all_multiples_of_four_up_to_256_but_two():
+    missing = []
+    for n in range(4, 257, 4):
+        try:
+            h = hadamard_matrix(n).to(torch.int64)
+        except UsageError:
+            missing.append(n)
+        else:
+            assert torch.equal(h @ h.T, n * torch.eye(n, dtype=torch.int64)), n
+    assert missing == [188, 236]
+
+
+@pytest.mark.parametrize("m", sorted({m for m, _ in MODELS.values()} - {8192}))
+def test_every_factor_of_a_real_model_is_orthogonal(m):
+    h = hadamard_matrix(m).double()  # exact: sums of at most 1024 units
+    assert torch.equal(h @ h.T, m * torch.eye(m, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("n", "factors"), MODELS.items())
@@ -92,6 +118,38 @@ def test_quadratic_characters(q):
     assert torch.equal(chi.T, chi if q % 4 == 1 else -chi)
 
 
+@pytest.mark.parametrize("q", [3, 11, 13, 37])
+def test_characters_of_prime_fields_follow_euler(q):
+    criterion = [0, *(1 if pow(a, (q - 1) // 2, q) == 1 else -1 for a in range(1, q))]
+    assert _characters(q)[:, 0].tolist() == criterion
+
+
+@pytest.mark.parametrize(("p", "k"), [(7, 1), (3, 2), (3, 3), (2, 4), (5, 3)])
+def test_powers_of_a_generator_multiply_as_a_field(p, k):
+    """They are all elements but zero, and multiplication (adding exponents) distributes over addition."""
+    powers = [tuple(e.tolist()) for e in _powers_of_a_generator(p, k)]
+    log = {e: i for i, e in enumerate(powers)}
+    assert len(log) == p**k - 1 and (0,) * k not in log and powers[0] == (1,) + (0,) * (k - 1)
+
+    def times(a, b):
+        return (0,) * k if (0,) * k in (a, b) else powers[(log[a] + log[b]) % (p**k - 1)]
+
+    def plus(a, b):
+        return tuple((x + y) % p for x, y in zip(a, b, strict=True))
+
+    g = random.Random(0)
+    for a, b, c in ([g.choice(powers) for _ in range(3)] for _ in range(200)):
+        assert times(a, plus(b, c)) == plus(times(a, b), times(a, c))
+
+
+def test_gradients_pass_after_a_call_in_inference_mode():
+    with torch.inference_mode():
+        fast_hadamard(torch.ones(2, 44, dtype=torch.float64))
+    x = torch.ones(2, 44, dtype=torch.float64, requires_grad=True)
+    fast_hadamard(x)[:, 0].sum().backward()
+    assert torch.allclose(x.grad, hadamard_matrix(44)[0].double() / 44**0.5)
+
+
 def test_operations_are_counted():
     assert hadamard_operations(8) == 24
     assert hadamard_operations(576) == 576 * 35 + 576 * 4
@@ -104,15 +162,18 @@ def test_randomized_transform_is_orthogonal_and_seeded():
     assert not torch.equal(r, randomized_hadamard(36, torch.Generator().manual_seed(4)))
 
 
-@pytest.mark.parametrize(("n", "block"), [(3, 1), (18, 2), (116, 4)])
+@pytest.mark.parametrize(("n", "block"), [(3, 1), (18, 2), (188, 4), (13696, 128), (1692, 564)])
 def test_orders_without_a_construction_name_a_block_size(n, block):
     with pytest.raises(UsageError, match=f"order {n} .*blocks of {block} instead"):
         hadamard_matrix(n)
+    assert hadamard_block(n) == block and hadamard_block(block) == block
 
 
 def test_bad_arguments():
     for n in (0, -4, True, 2.0):
         with pytest.raises(UsageError, match="positive number"):
             hadamard_factors(n)
+        with pytest.raises(UsageError, match="positive number"):
+            hadamard_block(n)
     with pytest.raises(UsageError, match="floating-point"):
         fast_hadamard(torch.ones(4, dtype=torch.int64))

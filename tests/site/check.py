@@ -366,6 +366,7 @@ def numbered_equations(chapter: Chapter) -> Iterator[Problem]:
 
 @gate
 def figures(chapter: Chapter) -> Iterator[Problem]:
+    described: dict[str, int] = {}  # alt text without case and spaces, and the first cell that has it
     for cell in chapter.code:
         if not cell.images or "remove-output" in cell.tags or "remove-cell" in cell.tags:
             continue
@@ -378,6 +379,10 @@ def figures(chapter: Chapter) -> Iterator[Problem]:
                 cell.index,
                 f"mystnb.image.alt must state the trend and the number that matters (≥ {MIN_ALT} characters)",
             )
+        if "placeholder" in alt.lower():
+            yield cell.index, "mystnb.image.alt is still a stand-in; look at the picture and write what it shows"
+        if (before := described.setdefault(" ".join(alt.lower().split()), cell.index)) != cell.index and alt:
+            yield cell.index, f"mystnb.image.alt is that of cell {before}; two pictures do not show the same"
         if re.search(r"[$\"<>`{}]", alt):
             yield cell.index, "mystnb.image.alt is read aloud: no markup, no quotes, no maths"
         if not str(figure.get("name", "")).startswith(f"fig-{chapter.id}-"):

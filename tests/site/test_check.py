@@ -89,6 +89,11 @@ def _many_cells(notebook: Notebook) -> None:
     notebook.cells[place:place] = [new_code_cell("1 + 1") for _ in range(20)]
 
 
+def _same_alt_text(notebook: Notebook) -> None:
+    first, second = _cell(notebook, "plot(0)"), _cell(notebook, "plot(1)")
+    second.metadata["mystnb"]["image"]["alt"] = "  " + first.metadata["mystnb"]["image"]["alt"].upper()
+
+
 SPOILT: dict[str, tuple[Callable[[Notebook], None], str]] = {
     # gate: what is spoilt, what the message says
     "title_cell label": (_replace("(04-gptq)=", "(gptq)="), "the first cell must begin"),
@@ -125,6 +130,10 @@ SPOILT: dict[str, tuple[Callable[[Notebook], None], str]] = {
     "figures no alt": (_mystnb(("image", "alt"), ""), "mystnb.image.alt must state"),
     "figures no number": (_mystnb(("image", "alt"), "The error falls with every additional bit"), "mystnb.image.alt must state"),
     "figures markup": (_mystnb(("image", "alt"), "The error falls with $b$, from 0.4 at 2 bits to 0.01"), "no markup"),
+    "figures stand-in": (
+        _mystnb(("image", "alt"), "Placeholder: the error falls from 0.4 at 2 bits to 0.01"), "still a stand-in",
+    ),
+    "figures twice": (_same_alt_text, "is that of cell"),
     "figures name": (_mystnb(("figure", "name"), "fig-1"), "must begin with fig-04-gptq-"),
     "figures caption": (_mystnb(("figure", "caption"), ""), "caption is missing"),
     "figures markdown": (_append("## Summary", "\n\n![](a.svg)"), "an image without alt text"),

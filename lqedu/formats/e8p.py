@@ -70,8 +70,9 @@ def encode(x: Tensor) -> Tensor:
     >>> decode(encode(torch.tensor([0.3, -0.9, 1.9, 0.1, -0.2, 0.4, -0.6, 2.0])))
     tensor([ 0.2500, -0.7500,  1.2500,  0.2500, -0.7500,  0.2500, -0.7500,  2.2500])
     """
-    if x.shape[-1:] != (DIMENSION,) or not x.is_floating_point():
-        raise UsageError(f"E8P encodes floating-point vectors of {DIMENSION} values, got {list(x.shape)} {x.dtype}")
+    if not isinstance(x, Tensor) or x.shape[-1:] != (DIMENSION,) or not x.is_floating_point():
+        got = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise UsageError(f"E8P encodes floating-point vectors of {DIMENSION} values, got {got}")
     if not bool(torch.isfinite(x).all()):
         raise GridError("the vectors to encode hold NaN or infinite values")
     flat = x.detach().reshape(-1, DIMENSION)
@@ -90,8 +91,8 @@ def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Raises:
         UsageError: codes that are not integers, or outside 16 bits.
     """
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise UsageError(f"E8P decodes integer codes, got {codes.dtype}")
+    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise UsageError(f"E8P decodes integer codes, got {getattr(codes, 'dtype', type(codes).__name__)}")
     code = codes.to(torch.int64)
     if code.numel() and (int(code.min()) < 0 or int(code.max()) > 0xFFFF):
         raise UsageError("E8P codes have 16 bits: 0 to 65535")

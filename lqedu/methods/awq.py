@@ -60,9 +60,19 @@ def channel_scale(activation: Tensor, alpha: float, weight: Tensor | None = None
         float32 ``[in]``, positive. A channel that never was active keeps the scale 1: calibration says nothing of it.
         (The reference gives it the smallest scale allowed, which rounds its weights to zero, asleep or not.)
 
+    Raises:
+        CalibrationError: magnitudes that are negative or not finite.
+        UsageError: an exponent outside [0, 1], or a weight's magnitude of another shape.
+
     >>> channel_scale(torch.tensor([4.0, 1.0, 0.25]), alpha=0.5)
     tensor([2.0000, 1.0000, 0.5000])
     """
+    if not bool((torch.isfinite(activation) & (activation >= 0)).all()):
+        raise CalibrationError("mean magnitudes of activations are finite and at least 0")
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"alpha lies in [0, 1], got {alpha!r}")
+    if weight is not None and weight.shape != activation.shape:
+        raise UsageError(f"{len(activation)} channels need as many weight magnitudes, got {list(weight.shape)}")
     alive = activation > 0
     scale = activation.float().pow(alpha)
     if weight is not None:
@@ -73,7 +83,13 @@ def channel_scale(activation: Tensor, alpha: float, weight: Tensor | None = None
 
 
 def weight_magnitude(weights: Sequence[Tensor], group_size: int | None) -> Tensor:
-    """Mean over rows of ``|w|`` relative to the largest of its group, ``[in]``: how full each channel's groups are."""
+    """Mean over rows of ``|w|`` relative to the largest of its group, ``[in]``: how full each channel's groups are.
+
+    Raises:
+        UsageError: no weight, or a group size that does not divide the inputs.
+    """
+    if not weights or weights[0].shape[1] % (group_size or 1):
+        raise UsageError(f"weights whose inputs the group size {group_size} divides are needed")
     w = torch.cat([weight.float().abs() for weight in weights])
     grouped = w.view(len(w), -1, group_size or w.shape[1])
     return (grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-6)).view(w.shape).mean(0)
@@ -92,7 +108,9 @@ def search_scales(
 
     Raises:
         CalibrationError: activations that are not finite, or a loss that is not finite for any exponent.
+        UsageError: no exponents.
     """
+    _check_count("alphas", alphas)
     if not bool(torch.isfinite(activation).all()):
         raise CalibrationError("the calibration activations hold NaN or infinite values")
     grid = [i / alphas for i in range(alphas)]
@@ -110,6 +128,11 @@ def _loss_or_infinity(loss: Callable[[Tensor], float], scale: Tensor) -> float:
         return math.inf
 
 
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} is a whole number, at least 1, got {value!r}")
+
+
 def _output_error(error: Tensor, hessian: Tensor) -> float:
     """``tr(ΔW H ΔW^T)`` in the Hessian's float32: enough to rank twenty candidates, at half the price of float64."""
     error = error.to(hessian.dtype)
@@ -117,8 +140,17 @@ def _output_error(error: Tensor, hessian: Tensor) -> float:
 
 
 def scaled_rounding(weight: Tensor, scale: Tensor, grid: IntGrid) -> Tensor:
-    """``Q(w · s) / s``: what a weight ``[out, in]`` becomes if it is rounded while scaled, seen by unscaled inputs."""
+    """``Q(w · s) / s``: what a weight ``[out, in]`` becomes if it is rounded while scaled, seen by unscaled inputs.
+
+    Raises:
+        GridError: a scale ``[in]`` that is not finite and positive in the weight's dtype, or carries the weight out of it.
+        UsageError: a scale of another shape.
+    """
+    if scale.shape != weight.shape[1:]:
+        raise UsageError(f"a weight {list(weight.shape)} takes a scale [{weight.shape[-1]}], got {list(scale.shape)}")
     scale = scale.to(weight.dtype)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise GridError(f"a scale is not finite and positive in {weight.dtype}")
     return nearest(weight * scale, grid)[0].dequantize(weight.dtype) / scale
 
 
@@ -154,10 +186,8 @@ class AWQ(WeightOnly):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alphas < 1:
-            raise UsageError(f"alphas is at least 1, got {self.alphas!r}")
-        if self.search_tokens < 1:
-            raise UsageError(f"search_tokens is at least 1, got {self.search_tokens!r}")
+        _check_count("alphas", self.alphas)
+        _check_count("search_tokens", self.search_tokens)
 
     def grid(self) -> IntGrid:
         """The grid these hyper-parameters describe: zero is not forced into a group's range."""

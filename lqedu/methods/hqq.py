@@ -12,6 +12,7 @@ from torch import Tensor
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.methods.base import Answers, WeightOnly
 from lqedu.rounding import RoundingReport, hqq
+from lqedu.rounding.hqq import check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class HQQ(WeightOnly):
     beta: float = 10.0
     kappa: float = 1.01
     iterations: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self.p, self.beta, self.kappa, self.iterations)
 
     def grid(self) -> IntGrid:
         """The grid these hyper-parameters describe."""

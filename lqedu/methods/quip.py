@@ -4,6 +4,7 @@ Grid: INT2-8, one scale for the matrix. Move: rotate, undone online. Round: LDLQ
 Run: rotate, W2A16, rotate back. Chee et al., 2023, arXiv:2307.13304.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -71,12 +72,12 @@ class QuIP(Method):
         self.grid()  # contradictions die here
         if self.grid_range not in RANGES:
             raise UsageError(f"grid_range is {' or '.join(map(repr, RANGES))}, got {self.grid_range!r}")
-        if not self.damping > 0:
-            raise UsageError(f"damping must be positive, got {self.damping!r}")
-        if self.passes < 0:
+        if not isinstance(self.damping, int | float) or not 0 < self.damping < math.inf:
+            raise UsageError(f"damping must be positive and finite, got {self.damping!r}")
+        if not _is_whole(self.passes) or self.passes < 0:
             raise UsageError(f"passes is a number of sweeps, at least 0, got {self.passes!r}")
-        if self.seed < 0:
-            raise UsageError(f"seed is at least 0, got {self.seed!r}")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**62:  # two generators, 2 seed and 2 seed + 1
+            raise UsageError(f"seed is a whole number from 0 to 2^62 - 1, got {self.seed!r}")
 
     def grid(self) -> IntGrid:
         """The grid these hyper-parameters describe."""
@@ -104,3 +105,7 @@ class QuIP(Method):
         wanted = (gaussian_range(self.bits) * rotated.square().mean().sqrt() / half).to(scale.dtype).reshape(1, 1)
         # a weight of zeros has no range: the grid's own answer decodes to zeros
         return torch.where(wanted == 0, scale, wanted), torch.where(wanted == 0, zero, torch.full_like(zero, half))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

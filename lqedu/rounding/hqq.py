@@ -16,6 +16,7 @@ e0b1d00). Chapter ``06-hqq``. Where this file differs from that code, and why:
 - scales and zero points are rounded to their stored dtype before they are judged.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -151,13 +152,21 @@ def _start(
     check_weight(weight)
     if grid.zero_point != "float":
         raise GridError("HQQ moves zero points by fractions of a step; use a grid with zero_point='float'")
-    if not 0 < p <= 1:
-        raise UsageError(f"p lies in (0, 1], got {p!r}")
-    if not beta > 0 or not kappa >= 1:
-        raise UsageError(f"beta is positive and kappa at least 1, got {beta!r} and {kappa!r}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise UsageError(f"iterations is a number of steps, at least 0, got {iterations!r}")
+    check_options(p, beta, kappa, iterations)
     w = weight.detach()
     w = w if w.dtype == torch.float64 else w.to(torch.float32)
     scale, zero = grid.fit(w)
     return grid.grouped(w), scale.to(w.dtype).unsqueeze(-1), zero.to(w.dtype).unsqueeze(-1), scale
+
+
+def check_options(p: float, beta: float, kappa: float, iterations: int) -> None:
+    """Refuse hyper-parameters outside their range (UsageError), before any weight is looked at."""
+    for name, value in {"p": p, "beta": beta, "kappa": kappa}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UsageError(f"{name} is a number, got {value!r}")
+    if not 0 < p <= 1:
+        raise UsageError(f"p lies in (0, 1], got {p!r}")
+    if not 0 < beta < math.inf or not 1 <= kappa < math.inf:
+        raise UsageError(f"beta is positive and kappa at least 1, both finite, got {beta!r} and {kappa!r}")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+        raise UsageError(f"iterations is a number of steps, at least 0, got {iterations!r}")

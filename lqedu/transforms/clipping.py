@@ -37,7 +37,7 @@ def clip_weight(
         UsageError: ``points`` below 1 or ``most`` outside (0, 1).
     """
     check_problem(weight, hessian, damping=0.0)
-    if points < 1 or not 0 < most < 1:
+    if isinstance(points, bool) or not isinstance(points, int) or points < 1 or not 0 < most < 1:
         raise UsageError(f"points is at least 1 and most lies in (0, 1), got {points!r} and {most!r}")
     size = grid.columns_per_scale(weight.shape[1])
     w = weight.to(torch.float32)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lqedu.errors import CalibrationError
+from lqedu.formats.integer import check_weight
 from lqedu.linalg.orthogonal import KroneckerRotation
 from lqedu.rounding.report import check_problem
 
@@ -32,7 +33,11 @@ def weight_incoherence(weight: Tensor) -> float:
 
     >>> weight_incoherence(torch.ones(3, 4)), weight_incoherence(torch.eye(4))
     (1.0, 2.0)
+
+    Raises:
+        GridError: not a floating-point ``[out, in]``, or values that are not finite.
     """
+    check_weight(weight)
     w = weight.to(torch.float64)
     return float(w.abs().max() * math.sqrt(w.numel()) / w.norm().clamp(min=torch.finfo(w.dtype).tiny))
 
@@ -44,10 +49,14 @@ def hessian_incoherence(hessian: Tensor) -> float:
     2.0
 
     Raises:
-        CalibrationError: not a symmetric matrix.
+        CalibrationError: not a symmetric matrix, or values that are not finite.
     """
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
         raise CalibrationError(f"a Hessian is a square matrix, got {list(hessian.shape)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(f"the Hessian {list(hessian.shape)} holds NaN or infinite values")
+    if not torch.allclose(hessian, hessian.T, rtol=0, atol=1e-4 * float(hessian.abs().max())):
+        raise CalibrationError(f"a Hessian is symmetric; this one {list(hessian.shape)} is not")
     return float(torch.linalg.eigh(hessian.to(torch.float64))[1].abs().max() * math.sqrt(len(hessian)))
 
 

@@ -109,13 +109,15 @@ def test_error_of_a_gaussian():
 
 
 def test_refusals():
-    for x in (torch.ones(3, 7), torch.tensor(1.0), torch.ones(3, 8, dtype=torch.int64)):
+    for x in (torch.ones(3, 7), torch.tensor(1.0), torch.ones(3, 8, dtype=torch.int64), [1.0] * 8):
         with pytest.raises(UsageError, match="vectors of 8 values"):
             encode(x)
     with pytest.raises(GridError, match="NaN"):
         encode(torch.tensor([[1.0] * 7 + [float("nan")]]))
     with pytest.raises(UsageError, match="integer codes"):
         decode(torch.ones(3))
+    with pytest.raises(UsageError, match="integer codes"):
+        decode([3])
     for code in (-1, 65536):
         with pytest.raises(UsageError, match="16 bits"):
             decode(torch.tensor([code]))

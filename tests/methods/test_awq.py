@@ -181,5 +181,24 @@ def test_bad_input():
         lqedu.quantize(model, _method(group_size=24), windows)
     with pytest.raises(CalibrationError, match="NaN"):
         search_scales(torch.tensor([1.0, float("nan")]), lambda s: 0.0)
+    with pytest.raises(UsageError, match="alphas"):
+        search_scales(torch.ones(2), lambda s: 0.0, alphas=0)
+    for bad in (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("inf")]), torch.tensor([1.0, -1.0])):
+        with pytest.raises(CalibrationError, match="finite and at least 0"):
+            channel_scale(bad, 0.5)
+    for alpha in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UsageError, match="alpha lies"):
+            channel_scale(torch.ones(2), alpha)
+    with pytest.raises(UsageError, match="as many weight magnitudes"):
+        channel_scale(torch.ones(2), 0.5, torch.ones(3))
+    with pytest.raises(UsageError, match="divides"):
+        weight_magnitude([torch.ones(2, 32)], 24)
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(GridError, match=r"finite and positive in torch\.float32"):
+            scaled_rounding(torch.randn(2, 32), torch.full((32,), bad), GRID)
+    with pytest.raises(GridError, match=r"finite and positive in torch\.float16"):
+        scaled_rounding(torch.randn(2, 32).half(), torch.full((32,), 1e6), GRID)
+    with pytest.raises(UsageError, match=r"takes a scale \[32\]"):
+        scaled_rounding(torch.randn(2, 32), torch.ones(31), GRID)
     with pytest.raises(CalibrationError, match="finite loss"):
         search_scales(torch.ones(2), lambda s: float("nan"))

@@ -164,7 +164,14 @@ def test_command_line_saves_and_loads_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "options", [{"damping": 0.0}, {"passes": -1}, {"seed": -1}, {"grid_range": "wide"}, {"bits": 1}, {"bits": 9}]
+    "options",
+    [
+        *({"damping": value} for value in (0.0, float("inf"), "x")),
+        *({"passes": value} for value in (-1, 1.5)),
+        *({"seed": value} for value in (-1, 1.5, 2**62)),
+        *({"bits": value} for value in (1, 9)),
+        {"grid_range": "wide"},
+    ],
 )
 def test_bad_options(options: dict) -> None:
     with pytest.raises((UsageError, GridError)):

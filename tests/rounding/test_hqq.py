@@ -133,11 +133,16 @@ def test_the_argument_is_not_changed():
         ({"kappa": 0.9}, "kappa at least 1"),
         ({"iterations": -1}, "at least 0"),
         ({"iterations": 2.0}, "at least 0"),
+        ({"p": "0.7"}, "p is a number"),
+        ({"beta": float("inf")}, "both finite"),
+        ({"kappa": float("nan")}, "both finite"),
     ],
 )
 def test_hyper_parameters_outside_their_range(options, sentence):
     with pytest.raises(UsageError, match=sentence):
         hqq(_weight(), _grid(), **options)
+    with pytest.raises(UsageError, match=sentence):
+        HQQ(**options)  # before any work
 
 
 def test_grids_and_weights_that_do_not_fit():

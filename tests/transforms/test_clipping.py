@@ -57,5 +57,7 @@ def test_bad_arguments():
         clip_weight(w * float("nan"), h, GRID)
     with pytest.raises(UsageError, match="points"):
         clip_weight(w, h, GRID, points=0)
+    with pytest.raises(UsageError, match="points"):
+        clip_weight(w, h, GRID, points=2.5)
     with pytest.raises(UsageError, match="most"):
         clip_weight(w, h, GRID, most=1.0)

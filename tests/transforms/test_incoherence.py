@@ -57,6 +57,14 @@ def test_what_incoherence_means() -> None:
     assert hessian_incoherence(fourier @ torch.diag(torch.tensor([4.0, 3, 2, 1])) @ fourier.T) == pytest.approx(1)
     with pytest.raises(CalibrationError, match="square"):
         hessian_incoherence(torch.ones(2, 3))
+    with pytest.raises(CalibrationError, match="symmetric"):
+        hessian_incoherence(torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
+    with pytest.raises(CalibrationError, match="NaN"):
+        hessian_incoherence(torch.full((2, 2), torch.nan))
+    with pytest.raises(GridError, match="NaN"):
+        weight_incoherence(torch.full((2, 2), torch.nan))
+    with pytest.raises(GridError, match="shape"):
+        weight_incoherence(torch.ones(0, 2))
 
 
 def test_a_spike_and_a_diagonal_become_incoherent() -> None:

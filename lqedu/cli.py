@@ -65,6 +65,8 @@ def quantize(
     text = load_corpus(calibration, split="calibration") if get(method).needs_calibration else None
     dense, tokenizer = load_model(model)
     chosen = _build(method, dense, bits, group_size, options)
+    if text is None and chosen.uses_calibration:  # known only now: static scales are an option
+        text = load_corpus(calibration, split="calibration")
     tokens = None if text is None else token_windows(tokenizer, text, length=length, count=windows, seed=seed)
     unfinished = out.with_name(out.name + ".unfinished")
     quantized = run(dense, chosen, tokens, progress=True, resume_dir=unfinished)
@@ -145,7 +147,7 @@ def compare(
     dense, tokenizer = load_model(model)
     chosen = [_build(name, dense, bits, group_size, {}) for name in names]
     calibrate = None
-    if any(method.needs_calibration for method in chosen):
+    if any(method.uses_calibration for method in chosen):
         text = load_corpus(calibration, split="calibration")
         calibrate = token_windows(tokenizer, text, length=length, count=windows, seed=seed)
     evaluation = _evaluation_windows(tokenizer, corpus, length, tokens)

@@ -6,7 +6,7 @@ provenance. Timings are raw samples of a synchronized clock after a warm-up, nev
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -19,11 +19,12 @@ from torch import nn
 import lqedu
 from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
-from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QuIP
+from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QuaRot, QuIP, SmoothQuant, SpinQuant
 from lqedu.models import weights_sha256
 from lqedu.models.anatomy import linears
 from lqedu.models.copying import copy_sharing_tensors
 from lqedu.runtime import quantized_linears
+from lqedu.transforms.rotation import rotate_model
 
 CALIBRATION = {"corpus": "sotu", "split": "calibration", "windows": 32, "length": 512, "seed": 0}
 EVALUATION = {"corpus": "sotu", "split": "evaluation", "windows": 256, "length": 512}
@@ -91,9 +92,7 @@ def hqq_study(device: str) -> Measurement:
     rows = [bench.row(None)]
 
     def add(name: str, bits: int, model: nn.Module) -> None:
-        result = lqedu.perplexity(model, bench.windows, batch_size=bench.batch_size)
-        rows.append({"name": name, "bits": bits, "group_size": 64, **_quality(result, bench.dense)})
-        print(f"{name}: ppl {result.ppl:.3f}", flush=True)
+        rows.append(bench.named(name, model) | {"bits": bits, "group_size": 64})
 
     nearest, ours = (lqedu.quantize(bench.model, method(bits=3, group_size=64)) for method in (RTN, HQQ))
     for name, model, other in (("rtn", nearest, ours), ("hqq", ours, nearest)):
@@ -116,6 +115,107 @@ def quip(device: str) -> Measurement:
     for change in ({"passes": 0}, {"rotate": False}, reference, reference | {"rescale": True}):
         rows.append(bench.row(replace(QuIP(bits=2), **change)))
     return bench.configuration(), rows
+
+
+def smoothquant(device: str) -> Measurement:
+    """Chapter 08: naive and smoothed activations at 8 bits, migration strengths, the paper's three levels, and fewer bits."""
+    bench = _Bench(device)
+    naive = RTN(bits=8, group_size=None, symmetric=True, activation_bits=8)
+    smooth = SmoothQuant(alpha=0.8)
+    rows = [bench.row(None), bench.row(replace(naive, activation_bits=None))]
+    rows += [bench.row(replace(naive, activation=activation)) for activation in ("token", "tensor", "static")]
+    for activation in ("token", "static"):
+        for tenth in range(1, 10):
+            rows.append(bench.row(SmoothQuant(alpha=tenth / 10, activation=activation)))
+    for level, activation in (("O1", "token"), ("O2", "tensor"), ("O3", "static")):
+        for alpha in (0.5, 0.8):
+            rows.append(bench.row(SmoothQuant(granularity="tensor", activation=activation, alpha=alpha), name=level))
+    for activation in ("token", "static"):
+        for alpha in (0.3, 0.5, 0.8):
+            rows.append(bench.row(SmoothQuant(folds="all", activation=activation, alpha=alpha)))
+    for bits in (6, 4):
+        rows += [bench.row(replace(method, activation_bits=bits)) for method in (naive, smooth)]
+
+    calibration = bench.calibration(CALIBRATION["windows"])
+    floating = lqedu.quantize(bench.model, replace(naive, activation_bits=None))
+    methods = {"naive": naive} | {f"smooth {alpha}": SmoothQuant(alpha=alpha) for alpha in (0.5, 0.8)}
+    for name, method in methods.items():
+        model = lqedu.quantize(bench.model, replace(method, activation="static"), calibration)
+        for others in (("o_proj", "down_proj"), ("down_proj",)):
+            with ExitStack() as stack:
+                for other in others:
+                    stack.enter_context(_exchanged(model, floating, other))
+                words = " and ".join(other.removesuffix("_proj") for other in others)
+                rows.append(bench.named(f"{name} static, {words} in W8A16", model))
+    return bench.configuration(), rows
+
+
+def invariance(device: str) -> Measurement:
+    """Chapter 09: rounding to nearest of the same function in four bases: as it is, norms folded, and two rotations."""
+    from lqedu.linalg import random_orthogonal, randomized_hadamard
+
+    bench = _Bench(device)
+    n = bench.model.config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    rotations = {
+        "folded": None,
+        "randomized Hadamard": randomized_hadamard(n, generator),
+        "random orthogonal": random_orthogonal(n, generator=generator),
+    }
+    models = {"as it is": bench.model} | {name: rotate_model(bench.model, r) for name, r in rotations.items()}
+    rows = [bench.row(None)]
+    channel, group = {"group_size": None, "symmetric": True}, {"group_size": 64}
+    for method in (RTN(bits=4, **channel), RTN(bits=4, **group), RTN(bits=3, **group), RTN(bits=8, **channel)):
+        rows += [bench.row(method, model=model, name=name) for name, model in models.items()]
+    eight = RTN(bits=8, activation_bits=8, **channel)
+    for method in (eight, replace(eight, activation_bits=6), replace(eight, activation_bits=4)):
+        rows += [bench.row(method, model=model, name=name) for name, model in models.items()]
+    return bench.configuration(), rows
+
+
+_WIDTHS = {  # weights, activations, keys and values
+    "W8A8": (8, 8, None),
+    "W6A6": (6, 6, None),
+    "W4A8": (4, 8, None),
+    "W4A4": (4, 4, None),
+    "W4A4KV4": (4, 4, 4),
+    "W16A4": (8, 4, None),
+    "W16KV4": (8, None, 4),
+}
+
+
+def quarot(device: str) -> Measurement:
+    """Chapter 10: naive rounding, QuaRot with nearest and QuaRot with GPTQ, at all widths, and what clipping is worth."""
+    bench = _Bench(device)
+    rows = [bench.row(None)]
+    for name, (bits, activation_bits, kv_bits) in _WIDTHS.items():
+        widths = {"bits": bits, "activation_bits": activation_bits, "kv_bits": kv_bits}
+        methods = [RTN(group_size=None, symmetric=True, **widths), QuaRot(rounding="nearest", **widths)]
+        if "W16" not in name:  # 8-bit weights stand for untouched ones
+            methods.append(QuaRot(**widths))
+        rows += [bench.row(method, name=name) for method in methods]
+    base = QuaRot()
+    for change in ({"activation_clip": 1.0}, {"activation_clip": 0.8}, {"kv_clip": 1.0}, {"search": "none"}):
+        rows.append(bench.row(replace(base, **change), name="W4A4KV4"))
+    rows.append(bench.row(replace(base, order="activation"), name="W4A4KV4"))
+    rows += [bench.row(replace(base, seed=seed), name="W4A4KV4") for seed in (1, 2, 3)]
+    return bench.configuration(), rows
+
+
+def spinquant(device: str) -> Measurement:
+    """Chapter 11: training curves of learned rotations, and SpinQuant beside QuaRot on the same 256 calibration windows."""
+    bench, windows = _Bench(device), 256
+    rows = [bench.row(None)]
+    for name in ("W4A4", "W4A4KV4"):
+        bits, activation_bits, kv_bits = _WIDTHS[name]
+        widths = {"bits": bits, "activation_bits": activation_bits, "kv_bits": kv_bits}
+        rows.append(bench.row(QuaRot(**widths), windows=windows, name=name))
+        learned = SpinQuant(windows_per_step=32, **widths)
+        for method in (learned, replace(learned, online=False)):
+            for steps in (0, 100):  # 0: the first rotations, not learned
+                rows.append(bench.row(replace(method, steps=steps), windows=windows, name=name))
+        rows.append(bench.row(replace(learned, rounding="nearest"), windows=windows, name=name))
+    return bench.configuration() | {"training_windows": windows, "tokens_per_step": 32 * CALIBRATION["length"]}, rows
 
 
 def hqq_layer(device: str) -> Measurement:
@@ -257,33 +357,52 @@ class _Bench:
             "evaluation": EVALUATION | {"windows": len(self.windows), "windows_sha256": self.dense.windows_sha256},
         }
 
-    def evaluate(self, method: Method, windows: int) -> tuple[Perplexity, Any, float]:
-        calibration = lqedu.token_windows(
+    def calibration(self, windows: int) -> torch.Tensor:
+        """Token windows of the calibration text."""
+        return lqedu.token_windows(
             self.tokenizer, self.text, length=CALIBRATION["length"], count=windows, seed=CALIBRATION["seed"]
         )
+
+    def evaluate(self, method: Method, windows: int, model: nn.Module | None = None) -> tuple[Perplexity, Any, float]:
         began = time.perf_counter()
-        quantized = lqedu.quantize(self.model, method, calibration)
+        quantized = lqedu.quantize(model or self.model, method, self.calibration(windows))
         seconds = time.perf_counter() - began
         return lqedu.perplexity(quantized, self.windows, batch_size=self.batch_size), quantized, seconds
 
-    def row(self, method: Method | None, *, windows: int = CALIBRATION["windows"]) -> dict[str, Any]:
-        """One row of a quality table; ``None`` is the dense model."""
+    def named(self, name: str, model: nn.Module) -> dict[str, Any]:
+        """A row for a model that no single method makes."""
+        result = lqedu.perplexity(model, self.windows, batch_size=self.batch_size)
+        print(f"{name}: ppl {result.ppl:.3f}", flush=True)
+        return {"name": name, **_quality(result, self.dense)}
+
+    def row(
+        self,
+        method: Method | None,
+        *,
+        windows: int = CALIBRATION["windows"],
+        model: nn.Module | None = None,
+        **labels: str,
+    ) -> dict[str, Any]:
+        """One row of a quality table; ``None`` is the dense model. ``model`` takes its place as what is quantized."""
         if method is None:
             return {"method": "dense", "bits_per_weight": 32.0, **_quality(self.dense, self.dense)}
-        result, quantized, seconds = self.evaluate(method, windows)
+        result, quantized, seconds = self.evaluate(method, windows, model)
+        losses = quantized.lqedu_learned.get("losses")
         layers = quantized_linears(quantized).values()
         weights = sum(layer.in_features * layer.out_features for layer in layers)
-        row = {
+        row = labels | {
             "method": method.name,
             **method.options(),
-            "calibration_windows": windows if method.needs_calibration else 0,
+            "calibration_windows": windows if method.uses_calibration else 0,
             "bits_per_weight": 8 * sum(layer.nbytes for layer in layers) / weights,
             **_quality(result, self.dense),
             "proxy_loss": _total([report.proxy_loss for report in quantized.lqedu_reports.values()]),
             "max_attempts": max(report.attempts for report in quantized.lqedu_reports.values()),
             "quantize_seconds": seconds,
         }
-        print(f"{method} windows={windows}: ppl {row['ppl']:.3f} in {seconds:.1f} s", flush=True)
+        if losses is not None and len(losses):
+            row["losses"] = [round(loss, 5) for loss in losses.tolist()]
+        print(f"{labels} {method} windows={windows}: ppl {row['ppl']:.3f} in {seconds:.1f} s", flush=True)
         return row
 
 
@@ -369,6 +488,10 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "hqq-layer": hqq_layer,
     "hqq-study": hqq_study,
     "quip": quip,
+    "smoothquant": smoothquant,
+    "invariance": invariance,
+    "quarot": quarot,
+    "spinquant": spinquant,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lqedu import __version__
@@ -116,6 +116,19 @@ class UnfinishedRun:
             meta[name] = describe(layer.weight) | {"input": layer.path.to_dict(), "report": asdict(layer.report)}
         with atomic_file(self._path(index)) as temporary:
             save_safetensors(tensors, temporary, {"layers": json.dumps(meta)})
+
+    def read_learned(self) -> dict[str, Tensor] | None:
+        """What the method trained before its first block, or ``None`` where nothing was kept."""
+        path = self.folder / "learned.safetensors"
+        try:
+            return load_file(path) if path.exists() else None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); remove this file and repeat the command") from error
+
+    def write_learned(self, tensors: dict[str, Tensor]) -> None:
+        """Keep what the method trained."""
+        with atomic_file(self.folder / "learned.safetensors") as temporary:
+            save_safetensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {})
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"

@@ -4,7 +4,24 @@ from lqedu.methods.awq import AWQ
 from lqedu.methods.base import Answers, Method, available, build, get
 from lqedu.methods.gptq import GPTQ
 from lqedu.methods.hqq import HQQ
+from lqedu.methods.quarot import QuaRot
 from lqedu.methods.quip import QuIP
 from lqedu.methods.rtn import RTN
+from lqedu.methods.smoothquant import SmoothQuant
+from lqedu.methods.spinquant import SpinQuant
 
-__all__ = ["AWQ", "GPTQ", "HQQ", "RTN", "Answers", "Method", "QuIP", "available", "build", "get"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "HQQ",
+    "RTN",
+    "Answers",
+    "Method",
+    "QuIP",
+    "QuaRot",
+    "SmoothQuant",
+    "SpinQuant",
+    "available",
+    "build",
+    "get",
+]

@@ -60,6 +60,12 @@ class Method:
         if "name" in vars(cls):  # abstract bases such as WeightOnly carry no name
             _REGISTRY[cls.name] = cls
 
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether this instance reads token windows: every instance of its class does, or its input scales are static."""
+        grid = self.activation_grid()
+        return self.needs_calibration or (grid is not None and grid.static)
+
     def activation_grid(self) -> ActivationGrid | None:
         """The grid of the linears' inputs; ``None`` leaves them in floating point."""
         return None
@@ -68,11 +74,21 @@ class Method:
         """How keys and values are stored; ``None`` leaves the attention of transformers alone."""
         return None
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
+    def learn(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Tensor]:
+        """Train what :meth:`prepare_model` needs; an interrupted run keeps it and does not train again.
+
+        Args:
+            model: the dense model. Not changed.
+            calibration: token ids ``[windows, length]``, or ``None`` where the method reads none.
+        """
+        return {}
+
+    def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
         """Move the difficulty across a whole dense model, before calibration; its function must not change.
 
         Args:
             model: a copy whose parameters may be replaced, but not changed in place.
+            learned: what :meth:`learn` returned.
 
         Returns:
             ``model`` or a new one, the same each time it is called (an interrupted run calls it again).
@@ -163,6 +179,47 @@ class AnyGrid(WeightOnly):
             zero_point=self.zero_point,
             search=self.search,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedActivations(Method):
+    """What methods share that may quantize the inputs of linears, and keys and values.
+
+    Attributes:
+        activation_bits: 2 to 8, or ``None`` to leave the inputs in floating point.
+        activation: which inputs share a scale: "token" (each token its own, fitted as it comes), "tensor" (all tokens of
+            a call, fitted as they come) or "static" (one constant, fitted to the calibration text).
+        kv_bits: 2 to 8 for keys and values, each token of a head on an asymmetric grid of its own; ``None`` leaves them.
+    """
+
+    activation_bits: int | None = 8
+    activation: str = "token"
+    kv_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        parent = getattr(super(), "__post_init__", None)  # of the other base, where there is one
+        if parent is not None:
+            parent()
+        if self.activation not in ("token", "tensor", "static"):
+            raise UsageError(f"activation is 'token', 'tensor' or 'static', got {self.activation!r}")
+        self.activation_grid()  # contradictions die here
+        self.attention_path()
+
+    def activation_grid(self) -> ActivationGrid | None:
+        """The grid of the linears' inputs, symmetric."""
+        if self.activation_bits is None:
+            return None
+        granularity = "token" if self.activation == "token" else "tensor"
+        return ActivationGrid(self.activation_bits, granularity=granularity, static=self.activation == "static")
+
+    def attention_path(self) -> "AttentionPath | None":
+        """Keys and values as they are, rounded where ``kv_bits`` says so."""
+        if self.kv_bits is None:
+            return None
+        from lqedu.runtime.attention import AttentionPath
+
+        grid = ActivationGrid(self.kv_bits, symmetric=False)
+        return AttentionPath(key=grid, value=grid)
 
 
 def available() -> dict[str, type[Method]]:

@@ -45,14 +45,15 @@ def quantize(
     Args:
         model: a dense causal language model that :func:`lqedu.models.anatomy.describe` knows. Not changed.
         method: what to do, e.g. ``GPTQ(bits=4, group_size=64)``.
-        calibration: token ids ``[windows, length]``, int64; required where ``method.needs_calibration``, else unused.
+        calibration: token ids ``[windows, length]``, int64; required where ``method.uses_calibration``, else unused.
         progress: show a progress bar on stderr.
         resume_dir: folder that keeps each finished block; a run that finds it there goes on behind the last one and
             ends with the same bytes. The caller deletes it.
 
     Returns:
         A new model that shares every untouched tensor with ``model``. Its attributes ``lqedu_reports`` (a
-        :class:`RoundingReport` for each layer) and ``lqedu_method`` (name and options) say what was done.
+        :class:`RoundingReport` for each layer) and ``lqedu_method`` (name and options) say what was done, and
+        ``lqedu_learned`` holds what :meth:`Method.learn` found.
 
     Raises:
         GridError, CalibrationError, UnsupportedModelError, UsageError: refused before work starts, naming the layer.
@@ -60,11 +61,17 @@ def quantize(
     """
     anatomy = describe(model)
     check_request(model, method, calibration)
-    result = method.prepare_model(copy_sharing_tensors(model))
-    result.lqedu_method = {"name": method.name, "options": method.options()}
-    result.lqedu_reports = {}
     unfinished = None if resume_dir is None else UnfinishedRun(resume_dir, model, method, calibration)
-    hidden, kwargs = block_inputs(result, calibration) if method.needs_calibration else (None, {})
+    learned = unfinished.read_learned() if unfinished else None
+    if learned is None:
+        learned = method.learn(model, calibration)
+        if unfinished and learned:
+            unfinished.write_learned(learned)
+    result = method.prepare_model(copy_sharing_tensors(model), learned)
+    result.lqedu_method = {"name": method.name, "options": method.options()}
+    result.lqedu_learned = learned
+    result.lqedu_reports = {}
+    hidden, kwargs = block_inputs(result, calibration) if method.uses_calibration else (None, {})
     with tqdm(total=len(linears(model)), desc=method.title, unit="layer", disable=not progress) as bar:
         for index, block in enumerate(block_list(result)):
             prefix = f"{anatomy.blocks}.{index}."
@@ -110,7 +117,7 @@ def check_request(model: nn.Module, method: Method, calibration: Tensor | None) 
     """Refuse, before any work, what would fail later: see :func:`quantize` for the errors."""
     if quantized_linears(model):
         raise UsageError("the model is already quantized; start from the dense one")
-    if method.needs_calibration:
+    if method.uses_calibration:
         _check_windows(model, calibration, method)
     for name, linear in linears(model).items():
         with _context(name, linear.weight, method):

@@ -11,8 +11,8 @@ and alternates two problems that have closed forms: ``e`` by a generalized soft 
 Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023 (blog post and code, mobiusml/hqq at
 e0b1d00). Chapter ``06-hqq``. Where this file differs from that code, and why:
 
-- it returns the best iterate of each group, by mean ``|w - ŵ|``; theirs stops one step behind the best of the whole
-  matrix and returns that step;
+- it returns the best iterate of each group, by mean ``|w - ŵ|``; theirs stops when the error of the whole matrix has
+  risen, and returns the iterate after that one, two steps past the best;
 - scales and zero points are rounded to their stored dtype before they are judged.
 """
 

@@ -99,7 +99,9 @@ def test_a_rank_deficient_hessian_is_damped_and_a_singular_one_refused() -> None
         QuIP().quantize_linear(w, torch.zeros(48, 48) - torch.eye(48))
     model, windows = tiny_model(blocks=1), tiny_windows(1, 3)
     result = quantize(model, QuIP(), windows)
-    assert max(report.attempts for report in result.lqedu_reports.values()) >= 1
+    assert {report.damping for report in result.lqedu_reports.values()} == {0.01}  # 3 tokens, and no damping raised
+    with torch.no_grad():
+        assert bool(torch.isfinite(result(windows).logits).all())
 
 
 def test_dead_inputs_are_counted_and_cost_nothing() -> None:

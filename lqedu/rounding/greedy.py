@@ -45,6 +45,8 @@ def refine(weight: Tensor, hessian: Tensor, quantized: QTensor, *, passes: int =
     (tensor([[0, 1, 3]], dtype=torch.uint8), tensor([[1, 1, 3]], dtype=torch.uint8))
     """
     check_problem(weight, hessian, damping=0.0)
+    if not isinstance(quantized, QTensor):
+        raise UsageError(f"quantized is a QTensor, got {type(quantized).__name__}")
     if weight.shape != quantized.codes.shape:
         raise CalibrationError(f"a weight {list(weight.shape)} does not fit codes {list(quantized.codes.shape)}")
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 0:

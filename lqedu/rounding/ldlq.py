@@ -11,6 +11,7 @@ this is the same algorithm with the columns reversed). Equal to GPTQ, code for c
 import torch
 from torch import Tensor
 
+from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
 from lqedu.linalg.hessian import damp, ldl_upper
 from lqedu.rounding.report import RoundingReport, check_problem, proxy_loss
@@ -39,7 +40,7 @@ def ldlq(
         The quantized weight and its report. No argument is changed.
 
     Raises:
-        GridError: a weight that is not finite, or a grid that does not fit it.
+        GridError: a weight that is not finite, or a grid or scales that do not fit it.
         CalibrationError: a Hessian of the wrong shape, not finite, or not positive definite after damping.
         UsageError: negative damping.
 
@@ -58,6 +59,10 @@ def ldlq(
     feedback = ldl_upper(h)[0].to(w.dtype)  # [in, in], unit upper triangular
 
     scale, zero = grid.fit(w) if fitted is None else fitted
+    if tuple(scale.shape) != grid.scale_shape(tuple(w.shape)):
+        raise GridError(
+            f"scales for a weight {list(w.shape)} have shape {grid.scale_shape(tuple(w.shape))}, got {list(scale.shape)}"
+        )
     codes = _sweep(w, feedback, grid, scale, zero)
     quantized = QTensor(codes, scale, zero, grid)
     report = RoundingReport(

@@ -40,6 +40,7 @@ def clip_weight(
     if isinstance(points, bool) or not isinstance(points, int) or points < 1 or not 0 < most < 1:
         raise UsageError(f"points is at least 1 and most lies in (0, 1), got {points!r} and {most!r}")
     size = grid.columns_per_scale(weight.shape[1])
+    grid.scale_shape(tuple(weight.shape))  # refuses groups that do not divide
     w = weight.to(torch.float32)
     grouped = w.view(len(w), -1, size)  # [out, groups, g]
     blocks = torch.stack([hessian[k : k + size, k : k + size] for k in range(0, weight.shape[1], size)]).float()

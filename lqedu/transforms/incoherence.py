@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lqedu.errors import CalibrationError
+from lqedu.errors import CalibrationError, UsageError
 from lqedu.formats.integer import check_weight
 from lqedu.linalg.orthogonal import KroneckerRotation
 from lqedu.rounding.report import check_problem
@@ -180,8 +180,11 @@ def incoherent(
     Raises:
         GridError: a weight that is not finite.
         CalibrationError: a Hessian of the wrong shape or not finite.
+        UsageError: a seed that is not a whole number.
     """
     check_problem(weight, hessian, damping=0.0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62:
+        raise UsageError(f"seed is a whole number from 0 to 2^62 - 1, got {seed!r}")
     weight = weight.detach()  # a layer's weight may be a parameter
     u = v = None
     if rotate:

@@ -148,6 +148,10 @@ def test_errors() -> None:
     q = nearest(w, IntGrid(2))[0]
     with pytest.raises(UsageError, match="passes"):
         refine(w, h, q, passes=-1)
+    with pytest.raises(UsageError, match="QTensor"):
+        refine(w, h, w)
+    with pytest.raises(GridError, match=r"have shape \(1, 1\), got \[2, 2\]"):
+        ldlq(w, h, RMS, fitted=(torch.ones(2, 2), torch.ones(2, 2)))
     with pytest.raises(CalibrationError, match="codes"):
         refine(w[:2], h, q)
     with pytest.raises(CalibrationError, match="Hessian"):

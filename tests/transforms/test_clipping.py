@@ -59,5 +59,7 @@ def test_bad_arguments():
         clip_weight(w, h, GRID, points=0)
     with pytest.raises(UsageError, match="points"):
         clip_weight(w, h, GRID, points=2.5)
+    with pytest.raises(GridError, match="does not divide"):
+        clip_weight(w, h, IntGrid(3, granularity="group", group_size=24))
     with pytest.raises(UsageError, match="most"):
         clip_weight(w, h, GRID, most=1.0)

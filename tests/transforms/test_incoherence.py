@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lqedu.errors import CalibrationError, GridError
+from lqedu.errors import CalibrationError, GridError, UsageError
 from lqedu.linalg import ldl_upper
 from lqedu.rounding import proxy_loss
 from lqedu.transforms.incoherence import (
@@ -129,5 +129,8 @@ def test_problems_are_refused() -> None:
     w, h = problems.weight(4, 6, seed=1), problems.hessian(6, seed=2)
     with pytest.raises(CalibrationError, match=r"Hessian \[6, 6\]"):
         incoherent(w, h[:5, :5])
+    for seed in (-1, 1.5, 2**62):
+        with pytest.raises(UsageError, match="seed"):
+            incoherent(w, h, seed=seed)
     with pytest.raises(GridError, match="1 NaN"):
         incoherent(torch.where(w == w.max(), torch.nan, w), h)

@@ -35,15 +35,16 @@ def fold_scale(block: nn.Module, stage: Stage, scale: Tensor) -> dict[str, Tenso
         raise UsageError(f"nothing before {', '.join(stage.linears)} can absorb a scale")
     first, source = block.get_submodule(stage.linears[0]), block.get_submodule(stage.source)
     _check(scale, first)
+    rows = scale
+    if stage.source.endswith("v_proj"):
+        scale, rows = _tied(block, source, scale)
     for name in stage.linears:
         linear = block.get_submodule(name)
         _replace(linear, "weight", linear.weight * scale.to(linear.weight.dtype))
     if isinstance(source, nn.Linear):
-        rows = _value_rows(block, source, scale) if stage.source.endswith("v_proj") else scale
         _replace(source, "weight", source.weight / rows.to(source.weight.dtype)[:, None])
         changed = {}
     else:
-        rows = scale
         _replace(source, "weight", source.weight / rows.to(source.weight.dtype))
         changed = {f"{stage.source}.weight": source.weight.detach()}
     if getattr(source, "bias", None) is not None:
@@ -67,17 +68,22 @@ def tie_heads(block: nn.Module, statistic: Tensor) -> Tensor:
     return shared.expand(-1, repeats, -1).reshape(-1)
 
 
-def _value_rows(block: nn.Module, v_proj: nn.Linear, scale: Tensor) -> Tensor:
-    """The scale of each row of ``v_proj``, from the scale of each input of ``o_proj``."""
+def _tied(block: nn.Module, v_proj: nn.Linear, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of ``o_proj``'s inputs, equal to the last bit in all heads of a group, and that of ``v_proj``'s rows.
+
+    A power of equal numbers may differ in its last bit with the place in a vector register; such a scale is tied all the
+    same, and the first head's value stands for its group.
+    """
     repeats = len(scale) // v_proj.out_features
     if repeats == 1:
-        return scale
+        return scale, scale
     groups = scale.view(-1, repeats, block.self_attn.head_dim)
-    if not bool((groups == groups[:, :1]).all()):
+    first = groups[:, :1]
+    if not torch.allclose(groups, first.expand_as(groups), rtol=1e-5, atol=0):
         raise UsageError(
             f"{repeats} query heads share a value head, so a scale of o_proj's inputs must be equal in all of them"
         )
-    return groups[:, 0].reshape(-1)
+    return first.expand_as(groups).reshape(-1), first.reshape(-1)
 
 
 def _check(scale: Tensor, linear: nn.Module) -> None:

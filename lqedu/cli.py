@@ -31,8 +31,10 @@ CorpusOpt = Annotated[str, typer.Option(help="sotu, wikitext2, c4, or a text fil
 WindowsOpt = Annotated[int, typer.Option(help="Calibration windows.", min=1)]
 LengthOpt = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 SeedOpt = Annotated[int, typer.Option(help="Seed that draws the calibration windows.")]
-BitsOpt = Annotated[int, typer.Option(help="Bits of a weight.")]
-GroupOpt = Annotated[str, typer.Option(help="Inputs that share a scale: a number, 'channel', or 'auto'.")]
+BitsOpt = Annotated[int | None, typer.Option(help="Bits of a weight; by default the method's own.")]
+GroupOpt = Annotated[
+    str, typer.Option(help="Inputs that share a scale, where a method has groups: a number, 'channel', or 'auto'.")
+]
 TokensOpt = Annotated[int, typer.Option(help="Evaluation tokens.", min=2)]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -42,7 +44,7 @@ def quantize(
     model: ModelArg,
     method: Annotated[str, typer.Option(help="A name from 'lqedu methods'.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", show_default=False)],
-    bits: BitsOpt = 4,
+    bits: BitsOpt = None,
     group_size: GroupOpt = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="A hyper-parameter, field=value; repeatable.")] = None,
     calibration: CorpusOpt = "sotu",
@@ -60,7 +62,8 @@ def quantize(
 
     if out.exists():
         raise UsageError(f"{out} exists already; choose another --out or remove it")
-    get(method)  # an unknown name is refused before the model loads
+    if group_size != "auto" and "group_size" not in {field.name for field in fields(get(method))}:
+        raise UsageError(f"method {method!r} has no groups, so --group-size says nothing; leave it out")
     options = _parse_set(set_ or [])
     text = load_corpus(calibration, split="calibration") if get(method).needs_calibration else None
     dense, tokenizer = load_model(model)
@@ -121,7 +124,7 @@ def evaluate(
 def compare(
     model: ModelArg,
     methods: Annotated[str, typer.Option(help="Names from 'lqedu methods', separated by commas.")] = "rtn,gptq",
-    bits: BitsOpt = 4,
+    bits: BitsOpt = None,
     group_size: GroupOpt = "auto",
     calibration: CorpusOpt = "sotu",
     windows: WindowsOpt = 32,
@@ -261,13 +264,13 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _build(name: str, model: Any, bits: int, group_size: str, options: dict[str, Any]) -> Any:
+def _build(name: str, model: Any, bits: int | None, group_size: str, options: dict[str, Any]) -> Any:
     """The method with these options; ``--bits`` and ``--group-size`` apply where it has such fields."""
     from lqedu.methods.base import build, get
     from lqedu.methods.pipeline import auto_group_size
 
     has = {field.name for field in fields(get(name))}
-    given: dict[str, Any] = {"bits": bits} if "bits" in has else {}
+    given: dict[str, Any] = {} if bits is None or "bits" not in has else {"bits": bits}
     if "group_size" in has and "group_size" not in options:
         if group_size == "auto":
             given["group_size"] = auto_group_size(model)

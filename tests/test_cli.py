@@ -103,6 +103,15 @@ def test_compare_and_methods(tiny_folder: Path, text_file: Path, capsys: pytest.
     assert json.loads(stdout)["torch"] == torch.__version__
 
 
+def test_without_bits_a_method_has_its_own(tiny_folder, text_file, tmp_path, capsys):
+    for method, bits in (("quip", 2), ("rtn", 4), ("smoothquant", 8)):
+        out = str(tmp_path / method)
+        arguments = ("--calibration", str(text_file), "--windows", "4", "--length", "32", "--json")
+        status, stdout, _ = run("quantize", str(tiny_folder), "--method", method, "--out", out, *arguments, capsys=capsys)
+        assert status == 0
+        assert json.loads(stdout)["method"]["options"]["bits"] == bits
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -111,6 +120,7 @@ def test_compare_and_methods(tiny_folder: Path, text_file: Path, capsys: pytest.
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--bits", "1"], "2 to 8 bits"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--group-size", "48"], "does not divide"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--group-size", "many"], "--group-size"),
+        (["quantize", "MODEL", "--method", "quip", "--out", "OUT", "--group-size", "32"], "has no groups"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "sped=1"], "no option 'sped'"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "bits=four"], "must be int"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "bits"], "field=value"),

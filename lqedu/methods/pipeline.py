@@ -159,7 +159,8 @@ def _quantize_block(
             with _context(prefix + name, linear.weight, method):
                 weight, report = _with_retries(method, linear.weight.detach(), seen.hessian)
             path = dataclasses.replace(input_path(linear), activation=activation)
-            layers[name] = Layer(weight, report, path, seen.static)
+            own = None if seen.static is None else tuple(None if t is None else t.clone() for t in seen.static)
+            layers[name] = Layer(weight, report, path, own)  # files hold no tensor twice
             w_hat = weight.dequantize(linear.weight.dtype)
             linear.weight = nn.Parameter(w_hat, requires_grad=False)  # of our copy: the caller's tensor stays
             tick(1)

@@ -56,9 +56,9 @@ class SmoothQuant(QuantizedActivations):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.granularity not in ("channel", "tensor"):
+            raise UsageError(f"granularity is 'channel' or 'tensor', got {self.granularity!r}")
         self.grid()  # contradictions die here
-        if self.granularity == "group":
-            raise UsageError("granularity is 'channel' or 'tensor', got 'group'")
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha lies between 0 and 1, got {self.alpha!r}")
         if self.folds not in ("norms", "all"):

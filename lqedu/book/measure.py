@@ -28,7 +28,7 @@ from lqedu.transforms.rotation import rotate_model
 
 CALIBRATION = {"corpus": "sotu", "split": "calibration", "windows": 32, "length": 512, "seed": 0}
 EVALUATION = {"corpus": "sotu", "split": "evaluation", "windows": 256, "length": 512}
-CPU_WINDOWS = 64  # of them without a GPU: an hour instead of a night
+CPU_WINDOWS = 16  # of them without a GPU: half an hour instead of a night
 
 Measurement = tuple[dict[str, Any], list[dict[str, Any]]]  # configuration, rows
 

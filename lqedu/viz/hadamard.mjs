@@ -61,14 +61,14 @@ function drawBars(root, width, result, { step, bits }) {
 /** One number of all steps as a line, the chosen step marked. */
 function drawLine(root, width, top, title, numbers, at, format) {
   const x = linear([0, Math.max(1, numbers.length - 1)], [48, width - 40]);
-  const y = linear([0, max(numbers) || 1], [top + 84, top + 26]);
+  const y = linear([0, max(numbers) || 1], [top + 88, top + 42]);
   root.append(svg("text", { class: "strong", x: 8, y: top + 13 }, title));
   const d = numbers.map((v, i) => `${i ? "L" : "M"}${x(i).toFixed(2)},${y(v).toFixed(2)}`).join("");
   root.append(svg("line", { class: "rule", x1: 40, x2: width - 32, y1: y(0), y2: y(0) }), svg("path", { class: "s-blue", fill: "none", d }));
   numbers.forEach((v, i) => {
     root.append(svg("circle", { class: i === at ? "c-red" : "c-blue", cx: x(i), cy: y(v), r: i === at ? 5 : 3 }));
     root.append(svg("text", { class: "muted", x: x(i), y: y(v) - 8, "text-anchor": "middle" }, format(v)));
-    root.append(svg("text", { class: "muted", x: x(i), y: top + 100, "text-anchor": "middle" }, i));
+    root.append(svg("text", { class: "muted", x: x(i), y: top + 104, "text-anchor": "middle" }, i));
   });
 }
 
@@ -106,11 +106,11 @@ export default {
     });
     const lines = picture({
       label: "Peak and lost energy after each step",
-      height: 230,
+      height: 238,
       draw: (root, width) => {
         const at = chosen(result, inputs().step);
         drawLine(root, width, 0, "largest / RMS after each step", result.stages.map((s) => s.peak), at, (v) => v.toFixed(1));
-        drawLine(root, width, 118, `energy lost at ${inputs().bits} bits`, result.stages.map((s) => s.error), at, percent);
+        drawLine(root, width, 122, `energy lost at ${inputs().bits} bits`, result.stages.map((s) => s.error), at, percent);
       },
     });
     const live = liveRegion();

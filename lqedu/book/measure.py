@@ -4,6 +4,10 @@ Each function returns what was configured and the rows that were measured; ``lqe
 provenance. Timings are raw samples of a synchronized clock after a warm-up, never an assertion.
 """
 
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -116,6 +120,24 @@ def quip(device: str) -> Measurement:
     for change in ({"passes": 0}, {"rotate": False}, reference, reference | {"rescale": True}):
         rows.append(bench.row(replace(QuIP(bits=2), **change)))
     return bench.configuration(), rows
+
+
+def quantize_cost(device: str) -> Measurement:
+    """Chapters 05 and 07: seconds and peak memory of the command line, a process for each method, 32 windows."""
+    rows = []
+    for name in ("awq", "quip"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "lqedu", "quantize", "smollm2-135m", "--method", name]
+            began = time.perf_counter()
+            process = subprocess.Popen([*command, "--out", f"{folder}/out", "--json"], stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - began
+        if status:
+            raise SystemExit(f"lqedu quantize --method {name} failed")
+        peak = 1024 * usage.ru_maxrss
+        rows.append({"name": name, "seconds": seconds, "samples": [seconds], "unit": "s", "peak_bytes": peak})
+        print(f"{name}: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
+    return {"model": "smollm2-135m", "calibration": CALIBRATION, "threads": torch.get_num_threads()}, rows
 
 
 def smoothquant(device: str) -> Measurement:
@@ -484,6 +506,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "hqq-layer": hqq_layer,
     "hqq-study": hqq_study,
     "quip": quip,
+    "quantize-cost": quantize_cost,
     "smoothquant": smoothquant,
     "invariance": invariance,
     "quarot": quarot,

@@ -85,7 +85,9 @@ class UnfinishedRun:
             differs = sorted(key for key in identity if found.get(key) != identity[key]) or ["its fields"]
             threads = ""
             if "threads" in differs:
-                threads = f" (it ran on {found.get('threads')} threads, this runs on {identity['threads']}: OMP_NUM_THREADS)"
+                threads = (
+                    f" (it ran on {found.get('threads')} threads, this runs on {identity['threads']}: OMP_NUM_THREADS)"
+                )
             raise CheckpointError(
                 f"{self.folder} holds an unfinished run that differs in: {', '.join(differs)}{threads}; "
                 "remove it to start afresh, or repeat the command that began it"

@@ -107,7 +107,9 @@ def test_without_bits_a_method_has_its_own(tiny_folder, text_file, tmp_path, cap
     for method, bits in (("quip", 2), ("rtn", 4), ("smoothquant", 8)):
         out = str(tmp_path / method)
         arguments = ("--calibration", str(text_file), "--windows", "4", "--length", "32", "--json")
-        status, stdout, _ = run("quantize", str(tiny_folder), "--method", method, "--out", out, *arguments, capsys=capsys)
+        status, stdout, _ = run(
+            "quantize", str(tiny_folder), "--method", method, "--out", out, *arguments, capsys=capsys
+        )
         assert status == 0
         assert json.loads(stdout)["method"]["options"]["bits"] == bits
 

@@ -89,7 +89,8 @@ class Rotated(QuantizedActivations):
 class QuaRot(Rotated):
     """QuaRot with the paper's settings, W4A4KV4.
 
-    Attributes: as :class:`Rotated`; activations are symmetric per token, keys and values asymmetric per token and head.
+    Its hyper-parameters are those of :class:`Rotated`; activations are symmetric per token, keys and values asymmetric per
+    token and head.
     """
 
     name: ClassVar[str] = "quarot"

@@ -39,7 +39,9 @@ _TOKENS_A_PASS = 2048  # of one forward and backward pass; a step adds up as man
 class SpinQuant(Rotated):
     """SpinQuant with the paper's settings, W4A4KV4, on as much text as the caller gives.
 
-    Attributes (the others as :class:`lqedu.methods.quarot.Rotated`):
+    The hyper-parameters that are not listed here are those of :class:`lqedu.methods.quarot.Rotated`.
+
+    Attributes:
         steps: of Cayley descent, with a learning rate that falls to zero along a cosine.
         learning_rate: of the first step; each step obeys the bound of :func:`lqedu.transforms.cayley.step_size` too.
         windows_per_step: calibration windows of a step, drawn without repetition until all were used. (The paper's steps

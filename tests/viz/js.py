@@ -123,6 +123,17 @@ def move(page: Any, index: int) -> None:
             control.press("ArrowLeft")
 
 
+def assert_every_control_matters(explorer: Explorer, *, width: int, order: Sequence[int]) -> None:
+    """Moving each control, in this order, changes the picture and the words; ``order`` names them all."""
+    with explorer_page(explorer, width=width) as page:
+        assert page.locator(".lqedu-explorer .control").count() == len(order)
+        for index in order:
+            before = picture(page), page.inner_text("[aria-live]")
+            move(page, index)
+            assert picture(page) != before[0]
+            assert page.inner_text("[aria-live]") != before[1]
+
+
 @contextmanager
 def browser() -> Iterator[Any]:
     """Headless Chromium; the test is skipped where there is none, unless LQEDU_REQUIRE_BROWSER=1."""

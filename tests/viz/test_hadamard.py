@@ -8,7 +8,7 @@ import torch
 import lqedu.viz
 from lqedu.formats.activation import ActivationGrid
 from lqedu.linalg import fast_hadamard
-from tests.viz.js import compute, explorer_page, move, picture
+from tests.viz.js import assert_every_control_matters, compute, explorer_page
 
 NOISE = torch.randn(64, generator=torch.Generator().manual_seed(0))
 COINS = torch.randint(0, 2, (64,), generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -72,14 +72,7 @@ def example():
 
 @pytest.mark.parametrize("width", [320, 1280])
 def test_every_control_changes_the_picture_and_the_words(example, width: int) -> None:
-    with explorer_page(example, width=width) as page:
-        count = page.locator(".lqedu-explorer .control").count()
-        assert count == 7
-        for index in range(count):
-            before = picture(page), page.inner_text("[aria-live]")
-            move(page, index)
-            assert picture(page) != before[0]
-            assert page.inner_text("[aria-live]") != before[1]
+    assert_every_control_matters(example, width=width, order=range(7))
 
 
 def test_the_words_say_what_compute_says(example) -> None:

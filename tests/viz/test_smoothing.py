@@ -9,7 +9,7 @@ from torch import Tensor
 import lqedu.viz
 from lqedu.formats.activation import ActivationGrid
 from lqedu.transforms.smoothing import channel_max, smoothing_scales
-from tests.viz.js import compute, explorer_page, move, picture
+from tests.viz.js import assert_every_control_matters, compute, explorer_page
 
 LOUDEST = 3
 
@@ -104,14 +104,7 @@ def example():
 
 @pytest.mark.parametrize("width", [320, 1280])
 def test_every_control_changes_the_picture_and_the_words(example, width: int) -> None:
-    with explorer_page(example, width=width) as page:
-        count = page.locator(".lqedu-explorer .control").count()
-        assert count == 4
-        for index in range(count):
-            before = picture(page), page.inner_text("[aria-live]")
-            move(page, index)
-            assert picture(page) != before[0]
-            assert page.inner_text("[aria-live]") != before[1]
+    assert_every_control_matters(example, width=width, order=range(4))
 
 
 def test_the_words_say_what_compute_says(example) -> None:

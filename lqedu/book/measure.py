@@ -23,6 +23,7 @@ from torch import nn
 import lqedu
 from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
+from lqedu.formats.activation import ActivationGrid
 from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QuaRot, QuIP, SmoothQuant, SpinQuant
 from lqedu.models import weights_sha256
 from lqedu.models.anatomy import linears
@@ -123,9 +124,9 @@ def quip(device: str) -> Measurement:
 
 
 def quantize_cost(device: str) -> Measurement:
-    """Chapters 05 and 07: seconds and peak memory of the command line, a process for each method, 32 windows."""
+    """Chapters 05 to 10: seconds and peak memory of the command line, a process for each method, 32 windows."""
     rows = []
-    for name in ("awq", "quip"):
+    for name in ("awq", "quip", "smoothquant", "quarot"):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "lqedu", "quantize", "smollm2-135m", "--method", name]
             began = time.perf_counter()
@@ -218,6 +219,7 @@ def quarot(device: str) -> Measurement:
             methods.append(QuaRot(**widths))
         rows += [bench.row(method, name=name) for method in methods]
     rows.append(bench.row(QuaRot(activation_clip=1.0, kv_clip=1.0), name="W4A4KV4"))
+    rows.append(bench.row(QuaRot(activation_clip=0.75), name="W4A4KV4"))  # the least squared error (chapter 10)
     rows.append(bench.row(QuaRot(seed=1), name="W4A4KV4"))
     return bench.configuration(), rows
 
@@ -231,8 +233,58 @@ def spinquant(device: str) -> Measurement:
     rows += [bench.row(method, **shared) for method in (QuaRot(), replace(learned, steps=0), learned)]
     rows.append(bench.row(replace(learned, online=False), **shared))
     shared["name"] = "W4A4"
-    rows += [bench.row(replace(method, kv_bits=None), **shared) for method in (QuaRot(), learned)]
+    rows += [
+        bench.row(replace(method, kv_bits=None), **shared) for method in (QuaRot(), replace(learned, steps=0), learned)
+    ]
     return bench.configuration() | {"training_windows": windows, "tokens_per_step": 16 * CALIBRATION["length"]}, rows
+
+
+def spinquant_study(device: str) -> Measurement:
+    """Chapter 11: the published gradient, one that follows the scale, and a larger step, on 32 windows held out."""
+    from lqedu.methods import spinquant as module
+
+    model, tokenizer = lqedu.load_model("smollm2-135m", device=device)
+    text = lqedu.load_corpus(CALIBRATION["corpus"], split="calibration")
+    windows = lqedu.token_windows(tokenizer, text, length=CALIBRATION["length"], count=288, seed=CALIBRATION["seed"])
+    training, held_out = windows[:256], windows[256:]
+    through = module.round_through
+    base = SpinQuant(windows_per_step=16)
+    cases = [
+        ("start", through, replace(base, steps=0)),
+        ("straight through", through, base),
+        ("follows the scale", _round_following, base),
+        ("straight through", through, replace(base, learning_rate=10 * base.learning_rate)),
+    ]
+    rows: list[dict[str, Any]] = []
+    for name, rounded, method in cases:
+        module.round_through = rounded
+        try:
+            began = time.perf_counter()
+            found = module.learn_rotations(model, training, method)
+            seconds = time.perf_counter() - began
+        finally:
+            module.round_through = through
+        losses = module.rotated_loss(model, held_out, found, method)
+        moved = losses - torch.tensor(rows[0]["samples"] if rows else losses.tolist())
+        row = {"name": name, **method.options(), "nll": float(losses.mean()), "delta_nll": float(moved.mean())}
+        row |= {
+            "delta_stderr": float(moved.std() / len(moved) ** 0.5),
+            "samples": [round(x, 6) for x in losses.tolist()],
+        }
+        row |= {"unit": "nats per token, by window", "losses": [round(x, 5) for x in found.losses], "seconds": seconds}
+        rows.append(row)
+        print(f"{name} {method}: {row['delta_nll']:+.4f} nats in {seconds:.0f} s", flush=True)
+    return {"model": "smollm2-135m", "calibration": CALIBRATION | {"windows": 256, "held_out": 32}}, rows
+
+
+def _round_following(x: torch.Tensor, grid: ActivationGrid | None) -> torch.Tensor:
+    """Rounded activations whose gradient knows that the scale follows the ends of the range."""
+    if grid is None:
+        return x
+    scale, zero = grid.scale_and_zero(*grid.extremes(x))
+    zero = torch.zeros_like(scale) if zero is None else zero.detach()
+    u = torch.minimum(torch.maximum(x / scale, grid.code_min - zero), grid.code_max - zero)
+    return scale * (u + (torch.round(u) - u).detach())
 
 
 def hqq_layer(device: str) -> Measurement:
@@ -511,6 +563,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "invariance": invariance,
     "quarot": quarot,
     "spinquant": spinquant,
+    "spinquant-study": spinquant_study,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

@@ -84,6 +84,16 @@ def test_training_lowers_the_loss_that_it_sees():
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
+def test_the_loss_of_rotations_is_the_one_that_training_saw():
+    model, windows = tiny_model("llama"), tiny_windows()
+    method = _method(steps=1, windows_per_step=len(windows))  # one step over all windows
+    start = learn_rotations(model, windows, _method(steps=0))
+    losses = module.rotated_loss(model, windows, start, method)
+    assert losses.shape == (len(windows),)
+    seen = learn_rotations(model, windows, method).losses[0]
+    assert float(losses.mean()) == pytest.approx(seen, abs=1e-5)
+
+
 def test_it_is_reproducible_and_the_seed_matters():
     model, windows = tiny_model("llama"), tiny_windows(6)
     a, b, c = (learn_rotations(model, windows, _method(seed=s)) for s in (0, 0, 1))

@@ -239,6 +239,13 @@ def spinquant(device: str) -> Measurement:
     return bench.configuration() | {"training_windows": windows, "tokens_per_step": 16 * CALIBRATION["length"]}, rows
 
 
+def spinquant_clip(device: str) -> Measurement:
+    """Chapter 11: QuaRot and SpinQuant once more with ranges clipped to three quarters, on 256 calibration windows."""
+    bench = _Bench(device)
+    methods = (SpinQuant(windows_per_step=16, activation_clip=0.75), QuaRot(activation_clip=0.75))
+    return bench.configuration(), [bench.row(None)] + [bench.row(m, windows=256, name="W4A4KV4") for m in methods]
+
+
 def spinquant_study(device: str) -> Measurement:
     """Chapter 11: the published gradient, one that follows the scale, and a larger step, on 32 windows held out."""
     from lqedu.methods import spinquant as module
@@ -563,6 +570,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "invariance": invariance,
     "quarot": quarot,
     "spinquant": spinquant,
+    "spinquant-clip": spinquant_clip,
     "spinquant-study": spinquant_study,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,

@@ -1,10 +1,9 @@
 """The checkers of chapter 06-hqq pass the right answers and tell the usual wrong ones apart."""
 
-import pytest
 import torch
 
-from lqedu.book import check
 from lqedu.rounding.hqq import shrink
+from tests.book.answers import right_and_wrong
 
 
 def _loop(w, scale, zero, grid, keep_best=True):
@@ -34,9 +33,4 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_right_and_wrong(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(name, RIGHT[name])
-    assert "passed" in capsys.readouterr().out
-    assert not check(name, WRONG[name])
-    assert "not right yet" in capsys.readouterr().out
+test_right_and_wrong = right_and_wrong(RIGHT, WRONG)

@@ -1,10 +1,10 @@
 """The checkers of chapter 09-invariance pass the right answers and tell the usual wrong ones apart."""
 
-import pytest
 import torch
 
 from lqedu.book import check
 from lqedu.linalg import hadamard_matrix
+from tests.book.answers import right_and_wrong
 
 
 def _values(w_v, w_o, r2, back):
@@ -48,12 +48,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_right_and_wrong(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(name, RIGHT[name])
-    assert "passed" in capsys.readouterr().out
-    assert not check(name, WRONG[name])
-    assert "not right yet" in capsys.readouterr().out
+test_right_and_wrong = right_and_wrong(RIGHT, WRONG)
 
 
 def test_a_spike_may_not_be_there_from_the_start() -> None:

@@ -40,15 +40,15 @@ def fold_scale(block: nn.Module, stage: Stage, scale: Tensor) -> dict[str, Tenso
         scale, rows = _tied(block, source, scale)
     for name in stage.linears:
         linear = block.get_submodule(name)
-        _replace(linear, "weight", linear.weight * scale.to(linear.weight.dtype))
+        replace_parameter(linear, "weight", linear.weight * scale.to(linear.weight.dtype))
     if isinstance(source, nn.Linear):
-        _replace(source, "weight", source.weight / rows.to(source.weight.dtype)[:, None])
+        replace_parameter(source, "weight", source.weight / rows.to(source.weight.dtype)[:, None])
         changed = {}
     else:
-        _replace(source, "weight", source.weight / rows.to(source.weight.dtype))
+        replace_parameter(source, "weight", source.weight / rows.to(source.weight.dtype))
         changed = {f"{stage.source}.weight": source.weight.detach()}
     if getattr(source, "bias", None) is not None:
-        _replace(source, "bias", source.bias / rows.to(source.bias.dtype))
+        replace_parameter(source, "bias", source.bias / rows.to(source.bias.dtype))
         changed[f"{stage.source}.bias"] = source.bias.detach()
     return changed
 
@@ -94,7 +94,8 @@ def _check(scale: Tensor, linear: nn.Module) -> None:
         raise UsageError(f"a scale must be finite and positive in {linear.weight.dtype}; bound it before folding")
 
 
-def _replace(owner: nn.Module, name: str, value: Tensor) -> None:
+def replace_parameter(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module a new parameter without a gradient (UsageError where the value is not finite)."""
     if not bool(torch.isfinite(value).all()):
         raise UsageError(
             f"the scale carries a {name} {list(value.shape)} out of {value.dtype}; bound it before folding"

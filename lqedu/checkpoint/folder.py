@@ -142,7 +142,8 @@ def folder_bytes(folder: Path | str) -> dict[str, int]:
     record = _read_record(folder)
     tensors = load_file(folder / WEIGHTS)
     parts = dict.fromkeys(("codes", "scales", "zeros", "transforms", "other_tensors", "files"), 0)
-    suffix = {"codes": "codes", "scale": "scales", "zero": "zeros"} | dict.fromkeys(TRANSFORMS, "transforms")
+    suffix = {"codes": "codes", "scale": "scales", "group_scale": "scales", "zero": "zeros"}
+    suffix |= dict.fromkeys(TRANSFORMS, "transforms")
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         part = suffix.get(kind, "other_tensors") if layer in record["layers"] else "other_tensors"

@@ -199,14 +199,6 @@ class IncoherentLinear(QuantLinear):
             raise GridError("an incoherent weight multiplies floating-point inputs; leave the activation grid out")
         super().__init__(weight, bias, path, static)
 
-    @property
-    def quantized(self) -> IncoherentWeight:
-        """The weight, unpacked."""
-        shape = (self.out_features, self.in_features)
-        names = ("codes", "scale") if self.grid.grid.symmetric else ("codes", "scale", "zero")
-        packed = {name: self.get_buffer(name) for name in (*names, *self.grid.shapes(shape))}
-        return IncoherentWeight.from_packed(packed, self.grid, shape)
-
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         weight = self.quantized

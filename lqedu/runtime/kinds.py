@@ -7,9 +7,12 @@ from torch import Tensor
 
 from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
+from lqedu.formats.progressive import ProgressiveGrid, ProgressiveTensor
+from lqedu.formats.requantized import RequantizedGrid, RequantizedTensor
 from lqedu.runtime.incoherent import IncoherentLayout, IncoherentLinear, IncoherentWeight
 from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.linear import QuantLinear
+from lqedu.runtime.two_level import TwoLevelLinear
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "integer": Kind(IntGrid, QTensor, QuantLinear),
     "incoherent": Kind(IncoherentLayout, IncoherentWeight, IncoherentLinear),
+    "progressive": Kind(ProgressiveGrid, ProgressiveTensor, TwoLevelLinear),
+    "requantized": Kind(RequantizedGrid, RequantizedTensor, TwoLevelLinear),
 }
 
 

@@ -33,7 +33,9 @@ class QuantLinear(nn.Module):
         self.path = path
         self.grid = quantized.grid
         self.out_features, self.in_features = quantized.shape
-        for name, tensor in quantized.packed().items():
+        packed = quantized.packed()
+        self._stored, self._weight_type = tuple(packed), type(quantized)
+        for name, tensor in packed.items():
             self.register_buffer(name, tensor)
         if path.activation is not None and path.activation.static:
             scale, zero = static if static is not None else path.activation.scale_and_zero(*torch.zeros(2, 1))
@@ -44,9 +46,8 @@ class QuantLinear(nn.Module):
     @property
     def quantized(self) -> QTensor:
         """The weight, unpacked."""
-        names = ("codes", "scale") if self.grid.symmetric else ("codes", "scale", "zero")
-        packed = {name: self.get_buffer(name) for name in names}
-        return QTensor.from_packed(packed, self.grid, (self.out_features, self.in_features))
+        packed = {name: self.get_buffer(name) for name in self._stored}
+        return self._weight_type.from_packed(packed, self.grid, (self.out_features, self.in_features))
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +61,12 @@ class QuantLinear(nn.Module):
         if grid is None:
             return nn.functional.linear(z, self.quantized.dequantize(x.dtype), self.bias)
         scale, zero = (self.input_scale, self.input_zero) if grid.static else grid.fit(z)
-        y = integer_linear(grid.encode(z, scale, zero), scale, zero, self.quantized).to(x.dtype)
+        y = self.product(grid.encode(z, scale, zero), scale, zero).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def product(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """``x w^T`` in float32 from the codes of both, see :func:`lqedu.runtime.integer.integer_linear`."""
+        return integer_linear(codes, scale, zero, self.quantized)
 
     def extra_repr(self) -> str:
         path = "" if self.path == InputPath() else f", path={self.path}"

@@ -119,7 +119,10 @@ def test_without_bits_a_method_has_its_own(tiny_folder, text_file, tmp_path, cap
     [
         (["quantize", "MODEL", "--method", "magic", "--out", "OUT"], "unknown method 'magic'"),
         (["quantize", "no-such-model", "--method", "rtn", "--out", "OUT"], "no-such-model"),
-        (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--bits", "1"], "2 to 8 bits"),
+        (
+            ["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--bits", "1"],
+            "bits is a whole number, from 2 to 8",
+        ),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--group-size", "48"], "does not divide"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--group-size", "many"], "--group-size"),
         (["quantize", "MODEL", "--method", "quip", "--out", "OUT", "--group-size", "32"], "has no groups"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lqedu.errors import GridError
+from lqedu.options import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,12 @@ class ActivationGrid:
     clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
-            raise GridError(f"an activation grid has 2 to 8 bits, got bits={self.bits!r}")
+        check_count("bits", self.bits, least=2, most=8, error=GridError)
         if self.granularity not in ("token", "tensor"):
             raise GridError(f"granularity is 'token' or 'tensor', got {self.granularity!r}")
         if self.static and self.granularity != "tensor":
             raise GridError("a static scale cannot know the tokens to come; use granularity='tensor' or static=False")
-        if not 0 < self.clip_ratio <= 1:
-            raise GridError(f"clip_ratio lies in (0, 1], got {self.clip_ratio!r}")
+        check_number("clip_ratio", self.clip_ratio, above=0, most=1, error=GridError)
 
     @property
     def code_min(self) -> int:

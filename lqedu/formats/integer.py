@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lqedu.errors import GridError
 from lqedu.formats.packing import packed_width
+from lqedu.options import check_count
 
 
 class ScaleConvention(Enum):
@@ -87,12 +88,11 @@ class IntGrid:
     zero_point: Literal["integer", "float"] = "integer"
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in range(2, 9):
-            raise GridError(f"an integer grid has 2 to 8 bits, got bits={self.bits!r}")
+        check_count("bits", self.bits, least=2, most=8, error=GridError)
         if self.granularity not in ("tensor", "channel", "group"):
             raise GridError(f"granularity is 'tensor', 'channel' or 'group', got {self.granularity!r}")
-        if self.granularity == "group" and (not isinstance(self.group_size, int) or self.group_size < 1):
-            raise GridError(f"granularity 'group' needs a positive group_size, got {self.group_size!r}")
+        if self.granularity == "group":
+            check_count("group_size", self.group_size, least=1, error=GridError)
         if self.granularity != "group" and self.group_size is not None:
             raise GridError(f"group_size={self.group_size} needs granularity='group', got {self.granularity!r}")
         if self.axis not in (0, 1) or (self.axis == 0 and self.granularity != "group"):

@@ -24,6 +24,7 @@ from lqedu.linalg import HessianAccumulator
 from lqedu.methods.base import Answers, WeightOnly
 from lqedu.models.anatomy import Stage
 from lqedu.models.modes import inference
+from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, nearest
 from lqedu.transforms.clipping import clip_weight
 from lqedu.transforms.folding import fold_scale, tie_heads
@@ -69,8 +70,7 @@ def channel_scale(activation: Tensor, alpha: float, weight: Tensor | None = None
     """
     if not bool((torch.isfinite(activation) & (activation >= 0)).all()):
         raise CalibrationError("mean magnitudes of activations are finite and at least 0")
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"alpha lies in [0, 1], got {alpha!r}")
+    check_number("alpha", alpha, least=0, most=1)
     if weight is not None and weight.shape != activation.shape:
         raise UsageError(f"{len(activation)} channels need as many weight magnitudes, got {list(weight.shape)}")
     alive = activation > 0
@@ -110,7 +110,7 @@ def search_scales(
         CalibrationError: activations that are not finite, or a loss that is not finite for any exponent.
         UsageError: no exponents.
     """
-    _check_count("alphas", alphas)
+    check_count("alphas", alphas, least=1)
     if not bool(torch.isfinite(activation).all()):
         raise CalibrationError("the calibration activations hold NaN or infinite values")
     grid = [i / alphas for i in range(alphas)]
@@ -126,11 +126,6 @@ def _loss_or_infinity(loss: Callable[[Tensor], float], scale: Tensor) -> float:
         return loss(scale)
     except GridError:
         return math.inf
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} is a whole number, at least 1, got {value!r}")
 
 
 def _output_error(error: Tensor, hessian: Tensor) -> float:
@@ -186,8 +181,8 @@ class AWQ(WeightOnly):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("alphas", self.alphas)
-        _check_count("search_tokens", self.search_tokens)
+        check_count("alphas", self.alphas, least=1)
+        check_count("search_tokens", self.search_tokens, least=1)
 
     def grid(self) -> IntGrid:
         """The grid these hyper-parameters describe: zero is not forced into a group's range."""

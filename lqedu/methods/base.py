@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-from lqedu.errors import UsageError
+from lqedu.errors import GridError, UsageError
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
 from lqedu.models.anatomy import Stage
+from lqedu.options import check_count
 from lqedu.rounding import RoundingReport
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ class Method:
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):  # abstract bases such as WeightOnly carry no name
             _REGISTRY[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        """Refuse a value that is not of its field's type (UsageError); ranges are each method's own matter."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not any(_is_a(value, kind) for kind in get_args(field.type) or (field.type,)):
+                wanted = getattr(field.type, "__name__", str(field.type))
+                raise UsageError(f"option {field.name!r} of method {self.name!r} must be {wanted}, got {value!r}")
 
     @property
     def uses_calibration(self) -> bool:
@@ -139,6 +148,7 @@ class WeightOnly(Method):
     group_size: int | None = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.grid()  # contradictions die here
 
     def grid(self) -> IntGrid:
@@ -197,9 +207,10 @@ class QuantizedActivations(Method):
     kv_bits: int | None = None
 
     def __post_init__(self) -> None:
-        parent = getattr(super(), "__post_init__", None)  # of the other base, where there is one
-        if parent is not None:
-            parent()
+        super().__post_init__()
+        for name in ("activation_bits", "kv_bits"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least=2, most=8, error=GridError)
         if self.activation not in ("token", "tensor", "static"):
             raise UsageError(f"activation is 'token', 'tensor' or 'static', got {self.activation!r}")
         self.activation_grid()  # contradictions die here
@@ -248,19 +259,15 @@ def build(name: str, options: dict[str, Any]) -> Method:
     3
     """
     cls = get(name)
-    types = {f.name: f.type for f in fields(cls)}
-    for key, value in options.items():
-        if key not in types:
-            raise UsageError(f"method {name!r} has no option {key!r}; it has {', '.join(types)}")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = {
-            int: isinstance(value, int) and number,
-            float: number,
-            bool: isinstance(value, bool),
-            str: isinstance(value, str),
-            (int | None): value is None or (isinstance(value, int) and number),
-        }[types[key]]
-        if not fits:
-            wanted = getattr(types[key], "__name__", str(types[key]))
-            raise UsageError(f"option {key!r} of method {name!r} must be {wanted}, got {value!r}")
+    known = [f.name for f in fields(cls)]
+    for key in options:
+        if key not in known:
+            raise UsageError(f"method {name!r} has no option {key!r}; it has {', '.join(known)}")
     return cls(**options)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """``isinstance`` for which a whole number is a float too, and a bool is no number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -4,15 +4,14 @@ Grid: INT2-8. Move: nothing. Round: error feedback through the Hessian. Run: W4A
 Frantar et al., 2023, arXiv:2210.17323.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from lqedu.errors import UsageError
 from lqedu.formats import QTensor
 from lqedu.methods.base import Answers, AnyGrid
+from lqedu.options import check_number
 from lqedu.rounding import RoundingReport, gptq
 from lqedu.rounding.gptq import check_schedule
 
@@ -50,8 +49,7 @@ class GPTQ(AnyGrid):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_schedule(self.grid(), self.block_size, self.order)
-        if not 0 < self.damping < math.inf:
-            raise UsageError(f"damping must be positive and finite, got {self.damping!r}")
+        check_number("damping", self.damping, above=0)
 
     def quantize_linear(self, weight: Tensor, hessian: Tensor) -> tuple[QTensor, RoundingReport]:
         """Round one weight ``[out, in]`` with the Hessian ``[in, in]`` of its inputs."""

@@ -8,7 +8,6 @@ Ashkboos et al., 2024, arXiv:2404.00456 (reference: spcl/QuaRot, commit 5008669)
 - embeddings are not centred: a norm without a mean does not pass that (chapter ``09-invariance``).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -16,12 +15,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lqedu.errors import UsageError
+from lqedu.errors import GridError, UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.formats.activation import ActivationGrid
 from lqedu.linalg.hadamard import hadamard_block, randomized_hadamard
 from lqedu.methods.base import Answers, QuantizedActivations
 from lqedu.models.anatomy import block_list
+from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, gptq, nearest
 from lqedu.rounding.gptq import check_schedule
 from lqedu.runtime.inputs import InputPath, TransformedLinear
@@ -60,14 +60,14 @@ class Rotated(QuantizedActivations):
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for name in ("activation_clip", "kv_clip"):
+            check_number(name, getattr(self, name), above=0, most=1, error=GridError)
         super().__post_init__()
         check_schedule(self.grid(), self.block_size, self.order)
         if self.rounding not in ("gptq", "nearest"):
             raise UsageError(f"rounding is 'gptq' or 'nearest', got {self.rounding!r}")
-        if not 0 < self.damping < math.inf:
-            raise UsageError(f"damping must be positive and finite, got {self.damping!r}")
-        if self.seed < 0:
-            raise UsageError(f"seed is at least 0, got {self.seed!r}")
+        check_number("damping", self.damping, above=0)
+        check_count("seed", self.seed, most=2**63 - 1)
 
     @property
     def needs_hessian(self) -> bool:

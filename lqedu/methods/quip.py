@@ -4,7 +4,6 @@ Grid: INT2-8, one scale for the matrix. Move: rotate, undone online. Round: LDLQ
 Run: rotate, W2A16, rotate back. Chee et al., 2023, arXiv:2307.13304.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,11 +15,12 @@ from lqedu.formats import IntGrid
 from lqedu.formats.integer import ScaleConvention
 from lqedu.linalg.hessian import damp
 from lqedu.methods.base import Answers, Method
+from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, ldlq
 from lqedu.rounding.greedy import refine
 from lqedu.rounding.report import proxy_loss
 from lqedu.runtime.incoherent import IncoherentWeight
-from lqedu.transforms.incoherence import gaussian_range, incoherent
+from lqedu.transforms.incoherence import LARGEST_SEED, gaussian_range, incoherent
 
 RANGES = ("gaussian", "reference")
 
@@ -69,15 +69,13 @@ class QuIP(Method):
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.grid()  # contradictions die here
         if self.grid_range not in RANGES:
             raise UsageError(f"grid_range is {' or '.join(map(repr, RANGES))}, got {self.grid_range!r}")
-        if not isinstance(self.damping, int | float) or not 0 < self.damping < math.inf:
-            raise UsageError(f"damping must be positive and finite, got {self.damping!r}")
-        if not _is_whole(self.passes) or self.passes < 0:
-            raise UsageError(f"passes is a number of sweeps, at least 0, got {self.passes!r}")
-        if not _is_whole(self.seed) or not 0 <= self.seed < 2**62:  # two generators, 2 seed and 2 seed + 1
-            raise UsageError(f"seed is a whole number from 0 to 2^62 - 1, got {self.seed!r}")
+        check_number("damping", self.damping, above=0)
+        check_count("passes", self.passes)
+        check_count("seed", self.seed, most=LARGEST_SEED)
 
     def grid(self) -> IntGrid:
         """The grid these hyper-parameters describe."""
@@ -105,7 +103,3 @@ class QuIP(Method):
         wanted = (gaussian_range(self.bits) * rotated.square().mean().sqrt() / half).to(scale.dtype).reshape(1, 1)
         # a weight of zeros has no range: the grid's own answer decodes to zeros
         return torch.where(wanted == 0, scale, wanted), torch.where(wanted == 0, zero, torch.full_like(zero, half))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from lqedu.errors import UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.methods.base import Answers, QuantizedActivations
 from lqedu.models.anatomy import Stage
+from lqedu.options import check_number
 from lqedu.rounding import RoundingReport, nearest
 from lqedu.transforms.folding import fold_scale, tie_heads
 from lqedu.transforms.smoothing import channel_max, smoothing_scales
@@ -59,8 +60,7 @@ class SmoothQuant(QuantizedActivations):
         if self.granularity not in ("channel", "tensor"):
             raise UsageError(f"granularity is 'channel' or 'tensor', got {self.granularity!r}")
         self.grid()  # contradictions die here
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"alpha lies between 0 and 1, got {self.alpha!r}")
+        check_number("alpha", self.alpha, least=0, most=1)
         if self.folds not in ("norms", "all"):
             raise UsageError(f"folds is 'norms' or 'all', got {self.folds!r}")
 

@@ -25,6 +25,7 @@ from lqedu.linalg.hadamard import fast_hadamard
 from lqedu.methods.base import Answers
 from lqedu.methods.quarot import Rotated, full_width, hadamard_rotation, rotated_attention, transform_input
 from lqedu.models.anatomy import block_list
+from lqedu.options import check_count, check_number
 from lqedu.runtime.inputs import InputPath
 from lqedu.transforms.cayley import cayley_step
 from lqedu.transforms.rotation import head_dim, rotate_model
@@ -68,12 +69,9 @@ class SpinQuant(Rotated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 0:
-            raise UsageError(f"steps is at least 0, got {self.steps!r}")
-        if not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"learning_rate must be positive and finite, got {self.learning_rate!r}")
-        if self.windows_per_step < 1:
-            raise UsageError(f"windows_per_step is at least 1, got {self.windows_per_step!r}")
+        check_count("steps", self.steps)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_count("windows_per_step", self.windows_per_step, least=1)
 
     def activation_grid(self) -> ActivationGrid | None:
         """Asymmetric."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from lqedu.errors import GridError, UsageError
 from lqedu.formats import IntGrid, QTensor
 from lqedu.linalg.hessian import damp, inverse_factor
+from lqedu.options import check_count
 from lqedu.rounding.report import RoundingReport, check_problem, proxy_loss
 
 ORDERS = ("natural", "activation")
@@ -159,8 +160,7 @@ def check_schedule(grid: IntGrid, block_size: int, order: str) -> None:
     """Refuse an unknown order (UsageError) and a block size that would cut a group in two (GridError)."""
     if order not in ORDERS:
         raise UsageError(f"order is {' or '.join(map(repr, ORDERS))}, got {order!r}")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise GridError(f"block_size is a positive number of columns, got {block_size!r}")
+    check_count("block_size", block_size, least=1, error=GridError)
     if grid.granularity == "group" and block_size % grid.group_size and grid.group_size % block_size:
         raise GridError(
             f"block_size {block_size} must divide the group size {grid.group_size} or be a multiple of it, "

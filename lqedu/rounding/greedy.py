@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lqedu.errors import CalibrationError, UsageError
 from lqedu.formats import QTensor
+from lqedu.options import check_count
 from lqedu.rounding.report import check_problem, proxy_loss
 
 _BLOCK = 128
@@ -49,8 +50,7 @@ def refine(weight: Tensor, hessian: Tensor, quantized: QTensor, *, passes: int =
         raise UsageError(f"quantized is a QTensor, got {type(quantized).__name__}")
     if weight.shape != quantized.codes.shape:
         raise CalibrationError(f"a weight {list(weight.shape)} does not fit codes {list(quantized.codes.shape)}")
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 0:
-        raise UsageError(f"passes is a number of sweeps, at least 0, got {passes!r}")
+    check_count("passes", passes)
     grid, dtype = quantized.grid, torch.float64 if weight.dtype == torch.float64 else torch.float32
     size = grid.columns_per_scale(weight.shape[1])
     curvature = hessian.diagonal().to(torch.float64)

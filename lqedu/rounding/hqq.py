@@ -16,7 +16,6 @@ e0b1d00). Chapter ``06-hqq``. Where this file differs from that code, and why:
 - scales and zero points are rounded to their stored dtype before they are judged.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,9 +23,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lqedu.errors import GridError, UsageError
+from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
 from lqedu.formats.integer import check_weight
+from lqedu.options import check_count, check_number
 from lqedu.rounding.report import RoundingReport
 
 
@@ -161,12 +161,7 @@ def _start(
 
 def check_options(p: float, beta: float, kappa: float, iterations: int) -> None:
     """Refuse hyper-parameters outside their range (UsageError), before any weight is looked at."""
-    for name, value in {"p": p, "beta": beta, "kappa": kappa}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(f"{name} is a number, got {value!r}")
-    if not 0 < p <= 1:
-        raise UsageError(f"p lies in (0, 1], got {p!r}")
-    if not 0 < beta < math.inf or not 1 <= kappa < math.inf:
-        raise UsageError(f"beta is positive and kappa at least 1, both finite, got {beta!r} and {kappa!r}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise UsageError(f"iterations is a number of steps, at least 0, got {iterations!r}")
+    check_number("p", p, above=0, most=1)
+    check_number("beta", beta, above=0)
+    check_number("kappa", kappa, least=1)
+    check_count("iterations", iterations)

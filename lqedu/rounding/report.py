@@ -1,13 +1,13 @@
 """What a rounding did: the same few numbers for every rounding, and the input checks that all of them share."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lqedu.errors import CalibrationError, UsageError
+from lqedu.errors import CalibrationError
 from lqedu.formats.integer import check_weight
+from lqedu.options import check_number
 
 
 @dataclass(frozen=True)
@@ -52,5 +52,4 @@ def check_problem(weight: Tensor, hessian: Tensor, damping: float) -> None:
         )
     if not bool(torch.isfinite(hessian).all()):
         raise CalibrationError(f"the Hessian [{columns}, {columns}] holds NaN or infinite values")
-    if not isinstance(damping, int | float) or not 0 <= damping < math.inf:
-        raise UsageError(f"damping is a fraction of the mean diagonal, finite and at least 0, got {damping!r}")
+    check_number("damping", damping, least=0)

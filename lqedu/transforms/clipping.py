@@ -7,8 +7,8 @@ measured on 512 tokens; here through the Hessian, which holds all of them: ``Σ_
 import torch
 from torch import Tensor
 
-from lqedu.errors import UsageError
 from lqedu.formats import IntGrid
+from lqedu.options import check_count, check_number
 from lqedu.rounding.report import check_problem
 
 POINTS, MOST = 20, 0.5  # factors 1.00, 0.95, ... above 0.50, as the reference has them
@@ -37,8 +37,8 @@ def clip_weight(
         UsageError: ``points`` below 1 or ``most`` outside (0, 1).
     """
     check_problem(weight, hessian, damping=0.0)
-    if isinstance(points, bool) or not isinstance(points, int) or points < 1 or not 0 < most < 1:
-        raise UsageError(f"points is at least 1 and most lies in (0, 1), got {points!r} and {most!r}")
+    check_count("points", points, least=1)
+    check_number("most", most, above=0, below=1)
     size = grid.columns_per_scale(weight.shape[1])
     grid.scale_shape(tuple(weight.shape))  # refuses groups that do not divide
     w = weight.to(torch.float32)

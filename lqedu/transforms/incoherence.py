@@ -18,12 +18,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lqedu.errors import CalibrationError, UsageError
+from lqedu.errors import CalibrationError
 from lqedu.formats.integer import check_weight
 from lqedu.linalg.orthogonal import KroneckerRotation
+from lqedu.options import check_count
 from lqedu.rounding.report import check_problem
 
 _LARGEST_SCALE = 2.0**10
+LARGEST_SEED = 2**62 - 1  # two generators take 2 seed and 2 seed + 1
 
 
 def weight_incoherence(weight: Tensor) -> float:
@@ -183,8 +185,7 @@ def incoherent(
         UsageError: a seed that is not a whole number.
     """
     check_problem(weight, hessian, damping=0.0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62:
-        raise UsageError(f"seed is a whole number from 0 to 2^62 - 1, got {seed!r}")
+    check_count("seed", seed, most=LARGEST_SEED)
     weight = weight.detach()  # a layer's weight may be a parameter
     u = v = None
     if rotate:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lqedu.errors import CalibrationError, UsageError
+from lqedu.options import check_number
 
 _SMALLEST = 1e-5  # of a weight's range and of a scale, as in the reference
 
@@ -41,8 +42,7 @@ def smoothing_scales(activation_max: Tensor, weight_max: Tensor, alpha: float = 
         raise UsageError(
             f"activation_max and weight_max are [in], got {list(activation_max.shape)} and {list(weight_max.shape)}"
         )
-    if not 0 <= alpha <= 1:
-        raise UsageError(f"alpha lies between 0 and 1, got {alpha!r}")
+    check_number("alpha", alpha, least=0, most=1)
     if not bool(torch.isfinite(activation_max).all()):
         raise CalibrationError("the calibration activations hold NaN or infinite values")
     x, w = activation_max.float(), weight_max.float().clamp(min=_SMALLEST)

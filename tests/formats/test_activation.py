@@ -83,11 +83,13 @@ def test_as_data():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"bits": 9}, "2 to 8 bits"),
-        ({"bits": True}, "2 to 8 bits"),
+        ({"bits": 9}, "from 2 to 8"),
+        ({"bits": True}, "from 2 to 8"),
+        ({"bits": 4.0}, "from 2 to 8"),
         ({"granularity": "channel"}, "'token' or 'tensor'"),
         ({"static": True}, "granularity='tensor'"),
         ({"clip_ratio": 0.0}, "clip_ratio"),
+        ({"clip_ratio": "1"}, "clip_ratio"),
     ],
 )
 def test_contradictions_are_refused(fields, sentence):

@@ -190,7 +190,7 @@ def test_bad_input():
         with pytest.raises(CalibrationError, match="finite and at least 0"):
             channel_scale(bad, 0.5)
     for alpha in (-0.1, 1.1, float("nan")):
-        with pytest.raises(UsageError, match="alpha lies"):
+        with pytest.raises(UsageError, match="alpha is a finite number, at least 0 and at most 1"):
             channel_scale(torch.ones(2), alpha)
     with pytest.raises(UsageError, match="as many weight magnitudes"):
         channel_scale(torch.ones(2), 0.5, torch.ones(3))

@@ -127,15 +127,13 @@ def test_the_argument_is_not_changed():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"p": 0.0}, "p lies"),
-        ({"p": 1.5}, "p lies"),
-        ({"beta": 0.0}, "beta is positive"),
-        ({"kappa": 0.9}, "kappa at least 1"),
+        ({"p": 0.0}, "p is a finite number, above 0 and at most 1"),
+        ({"p": 1.5}, "p is a finite number, above 0 and at most 1"),
+        ({"beta": 0.0}, "beta is a finite number, above 0"),
+        ({"kappa": 0.9}, "kappa is a finite number, at least 1"),
         ({"iterations": -1}, "at least 0"),
-        ({"iterations": 2.0}, "at least 0"),
-        ({"p": "0.7"}, "p is a number"),
-        ({"beta": float("inf")}, "both finite"),
-        ({"kappa": float("nan")}, "both finite"),
+        ({"beta": float("inf")}, "finite"),
+        ({"kappa": float("nan")}, "finite"),
     ],
 )
 def test_hyper_parameters_outside_their_range(options, sentence):
@@ -143,6 +141,12 @@ def test_hyper_parameters_outside_their_range(options, sentence):
         hqq(_weight(), _grid(), **options)
     with pytest.raises(UsageError, match=sentence):
         HQQ(**options)  # before any work
+
+
+@pytest.mark.parametrize(("option", "value"), [("p", "0.7"), ("beta", True), ("iterations", 2.0)])
+def test_hyper_parameters_of_another_type(option, value):
+    with pytest.raises(UsageError, match=option):
+        hqq(_weight(), _grid(), **{option: value})
 
 
 def test_grids_and_weights_that_do_not_fit():

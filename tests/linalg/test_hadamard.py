@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lqedu.errors import UsageError
 from lqedu.linalg.hadamard import (
+    _CACHED,
     _characters,
     _powers_of_a_generator,
     fast_hadamard,
@@ -80,6 +81,16 @@ def test_the_fast_transform_is_the_product(n):
     assert torch.allclose(fast_hadamard(x), x @ h.T, rtol=0, atol=1e-12)
     assert torch.allclose(fast_hadamard(x, inverse=True), x @ h, rtol=0, atol=1e-12)
     assert torch.allclose(fast_hadamard(fast_hadamard(x), inverse=True), x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_large_input_is_transformed_in_parts(inverse):
+    x = torch.randn(2, 501, 576, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    assert x.numel() > _CACHED
+    whole = fast_hadamard(x, inverse=inverse)
+    assert torch.equal(whole[1, 7:9], fast_hadamard(x[1, 7:9], inverse=inverse))
+    (gradient,) = torch.autograd.grad(whole[0, 3, 5], x)
+    assert int((gradient != 0).any(-1).sum()) == 1 and bool((gradient[0, 3] != 0).all())
 
 
 @pytest.mark.parametrize("n", MODELS)

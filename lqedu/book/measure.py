@@ -224,6 +224,17 @@ def quarot(device: str) -> Measurement:
     return bench.configuration(), rows
 
 
+def quarot_search(device: str) -> Measurement:
+    """Chapter 10: 4-bit weights rounded to nearest, as they are and behind QuaRot's transforms, with and without a range search."""
+    bench = _Bench(device)
+    widths = {"bits": 4, "activation_bits": 8}
+    rows = [bench.row(None)]
+    for search in ("none", "mse"):
+        plain = RTN(group_size=None, symmetric=True, search=search, **widths)
+        rows += [bench.row(m, name="W4A8") for m in (plain, QuaRot(rounding="nearest", kv_bits=None, search=search, **widths))]
+    return bench.configuration(), rows
+
+
 def spinquant(device: str) -> Measurement:
     """Chapter 11: training curves of learned rotations, and SpinQuant beside QuaRot on the same 256 calibration windows."""
     bench, windows = _Bench(device), 256
@@ -569,6 +580,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "smoothquant": smoothquant,
     "invariance": invariance,
     "quarot": quarot,
+    "quarot-search": quarot_search,
     "spinquant": spinquant,
     "spinquant-clip": spinquant_clip,
     "spinquant-study": spinquant_study,

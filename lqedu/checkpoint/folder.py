@@ -25,7 +25,7 @@ from lqedu.errors import CheckpointError, GridError, UsageError
 from lqedu.rounding import RoundingReport
 from lqedu.runtime.incoherent import TRANSFORMS
 from lqedu.runtime.inputs import InputPath
-from lqedu.runtime.kinds import describe, layer_of, rebuild
+from lqedu.runtime.kinds import check_layer, describe, layer_of, rebuild
 from lqedu.runtime.linear import quantized_linears
 
 RECORD = "lqedu.json"
@@ -119,6 +119,11 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
             tensors[copy] = tensors[original]
     _check_tensors(folder, model, tensors)
     model.load_state_dict(tensors, strict=True, assign=True)
+    for name, layer in quantized_linears(model).items():
+        try:
+            check_layer(layer)
+        except GridError as error:
+            raise CheckpointError(f"{folder / WEIGHTS} is damaged: {name}: {error}") from error
     model.tie_weights()
     model.requires_grad_(False).eval()
     if record["attention"] is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lqedu import __version__
 from lqedu.atomic import atomic_file
-from lqedu.errors import CheckpointError
+from lqedu.errors import CheckpointError, GridError
 from lqedu.models.load import weights_sha256
 from lqedu.rounding import RoundingReport
 from lqedu.runtime.inputs import InputPath
@@ -108,8 +108,14 @@ class UnfinishedRun:
         for name, meta in layers.items():
             packed = {key.removeprefix(name + ":"): t for key, t in tensors.items() if key.startswith(name + ":")}
             scale, zero = packed.pop("input_scale", None), packed.pop("input_zero", None)
-            path, static = InputPath.from_dict(meta["input"]), None if scale is None else (scale, zero)
-            result[name] = Layer(rebuild(meta, packed), RoundingReport(**meta["report"]), path, static)
+            static = None if scale is None else (scale, zero)
+            try:
+                weight, inputs = rebuild(meta, packed), InputPath.from_dict(meta["input"])
+            except GridError as error:
+                raise CheckpointError(
+                    f"{path} is damaged: {name}: {error}; remove this file and repeat the command"
+                ) from error
+            result[name] = Layer(weight, RoundingReport(**meta["report"]), inputs, static)
         return Block(result, {key: tensor for key, tensor in tensors.items() if ":" not in key})
 
     def write(self, index: int, block: "Block") -> None:

@@ -7,6 +7,7 @@ away; instead the layer computes ``y = U^T (Ŵ' (V D^-1 x))`` with ``Ŵ'`` as it
 Derived in chapter ``07-quip``. This is the reference path, plain PyTorch on any device.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +181,18 @@ class IncoherentWeight:
         """A weight of zeros: the frame that a checkpoint's tensors are loaded into."""
         beside = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in layout.shapes(shape).items()}
         return cls.from_packed(QTensor.empty(layout.grid, shape).packed() | beside, layout, shape)
+
+
+def check_orders(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a stored order of features that is no permutation (GridError): a layer would read some twice and some never.
+
+    Args:
+        tensors: the packed tensors of an incoherent weight, by name.
+    """
+    for name in ("u_order", "v_order"):
+        order = tensors.get(name)
+        if order is not None and order.sort().values.tolist() != list(range(len(order))):
+            raise GridError(f"{name} is not a permutation of {len(order)} features; quantize the model again")
 
 
 class IncoherentLinear(QuantLinear):

@@ -1,5 +1,6 @@
 """Kinds of stored weights: what describes one in JSON, what holds its tensors, and what runs it."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
 from lqedu.formats.progressive import ProgressiveGrid, ProgressiveTensor
 from lqedu.formats.requantized import RequantizedGrid, RequantizedTensor
-from lqedu.runtime.incoherent import IncoherentLayout, IncoherentLinear, IncoherentWeight
+from lqedu.runtime.incoherent import IncoherentLayout, IncoherentLinear, IncoherentWeight, check_orders
 from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.linear import QuantLinear
 from lqedu.runtime.two_level import TwoLevelLinear
@@ -23,16 +24,18 @@ class Kind:
         grid: a frozen description with ``to_dict``, ``from_dict`` and ``nbytes``.
         weight: its tensors, with ``packed``, ``from_packed`` and ``empty``.
         layer: the linear layer that keeps them.
+        check: refuses (GridError) tensors of the right shapes and dtypes whose values make no weight, where there are any.
     """
 
     grid: type
     weight: type
     layer: type[QuantLinear]
+    check: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None
 
 
 KINDS: dict[str, Kind] = {
     "integer": Kind(IntGrid, QTensor, QuantLinear),
-    "incoherent": Kind(IncoherentLayout, IncoherentWeight, IncoherentLinear),
+    "incoherent": Kind(IncoherentLayout, IncoherentWeight, IncoherentLinear, check_orders),
     "progressive": Kind(ProgressiveGrid, ProgressiveTensor, TwoLevelLinear),
     "requantized": Kind(RequantizedGrid, RequantizedTensor, TwoLevelLinear),
 }
@@ -63,7 +66,16 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor] | None) -> A
         raise GridError(f"unknown kind of weight {description.get('kind')!r}; known: {', '.join(KINDS)}")
     kind = KINDS[description["kind"]]
     grid, shape = kind.grid.from_dict(description["grid"]), tuple(description["shape"])
-    return kind.weight.empty(grid, shape) if tensors is None else kind.weight.from_packed(tensors, grid, shape)
+    if tensors is None:
+        return kind.weight.empty(grid, shape)
+    weight = kind.weight.from_packed(tensors, grid, shape)
+    kind.check(tensors)
+    return weight
+
+
+def check_layer(layer: QuantLinear) -> None:
+    """Refuse (GridError) the values that were loaded into a layer, see :class:`Kind`; the layer's frame had the shapes."""
+    KINDS[_name(layer.grid)].check(dict(layer.named_buffers(recurse=False)))
 
 
 def _name(grid: Any) -> str:

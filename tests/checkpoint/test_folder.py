@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from lqedu.atomic import atomic_directory, atomic_file
 from lqedu.checkpoint import folder_bytes, load, save
 from lqedu.errors import CheckpointError, UsageError
-from lqedu.methods import GPTQ, RTN
+from lqedu.methods import GPTQ, RTN, QuIP
 from lqedu.methods.pipeline import quantize
 from lqedu.runtime import quantized_linears
 from tests.models_tiny import ARCHITECTURES, tiny_model, tiny_windows
@@ -116,6 +117,28 @@ def test_damage_is_refused_in_one_sentence(saved: Path, damage, match: str) -> N
     damage(saved)
     with pytest.raises(CheckpointError, match=match):
         load(saved)
+
+
+@pytest.mark.parametrize("side", ["u", "v"])
+def test_an_order_that_is_no_permutation_is_refused(side: str, tmp_path: Path, tokenizer) -> None:
+    model, windows, name = tiny_model(blocks=1), tiny_windows(), "model.layers.0.mlp.down_proj"
+    folder = save(quantize(model, QuIP(), windows, resume_dir=tmp_path / "run"), tmp_path / "model", tokenizer)
+
+    def repeat(order: torch.Tensor) -> None:
+        order[0] = order[1]
+
+    load(folder)
+    _rewrite_tensors(folder, lambda tensors: repeat(tensors[f"{name}.{side}_order"]))
+    with pytest.raises(CheckpointError, match=rf"{name}: {side}_order is not a permutation"):
+        load(folder)
+
+    block = tmp_path / "run" / "block-0000.safetensors"
+    with safe_open(block, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    repeat(tensors[f"mlp.down_proj:{side}_order"])
+    save_file(tensors, block, metadata)
+    with pytest.raises(CheckpointError, match=rf"block-0000.*{side}_order is not a permutation.*remove this file"):
+        quantize(model, QuIP(), windows, resume_dir=tmp_path / "run")
 
 
 def test_save_refuses_what_it_cannot_do(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

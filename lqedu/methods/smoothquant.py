@@ -93,7 +93,7 @@ class SmoothQuant(QuantizedActivations):
         return nearest(weight, self.grid())
 
     def _smooths(self, stage: Stage) -> bool:
-        return stage.source is not None and (self.folds == "all" or "norm" in stage.source)
+        return stage.behind_norm or (self.folds == "all" and stage.source is not None)
 
     def _scale(self, block: nn.Module, stage: Stage, activation: Tensor) -> Tensor:
         weight = channel_max([block.get_submodule(name).weight.detach() for name in stage.linears])

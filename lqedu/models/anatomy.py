@@ -32,6 +32,15 @@ class Stage:
     linears: tuple[str, ...]
     source: str | None
 
+    @property
+    def behind_norm(self) -> bool:
+        """Whether the source is a norm: the linears read the residual stream through it.
+
+        >>> Stage(("fc1",), "final_layer_norm").behind_norm, Stage(("fc2",), "fc1").behind_norm
+        (True, False)
+        """
+        return self.source is not None and self.source.endswith("norm")
+
 
 @dataclass(frozen=True)
 class Anatomy:

@@ -68,7 +68,7 @@ def find_orders(model: nn.Module, windows: Tensor, *, residual: bool = False) ->
         hidden = run_block(block, hidden, kwargs, visit={s.linears[0]: visitor(s.linears[0]) for s in stages})
         for stage in stages:
             name = stage.linears[0]
-            if _reads_residual(stage):
+            if stage.behind_norm:
                 votes.append(largest[name] / largest[name].mean().clamp(min=torch.finfo(torch.float32).tiny))
             elif stage.source is not None:
                 orders[f"{index}.{name}"] = channel_order(_by_value_head(block, stage, largest[name]))
@@ -101,12 +101,8 @@ def reorder_model(model: nn.Module, orders: Mapping[str, Tensor]) -> nn.Module:
     return result
 
 
-def _reads_residual(stage: Stage) -> bool:
-    return stage.source is not None and "norm" in stage.source
-
-
 def _absorbs_order(stage: Stage) -> bool:
-    return stage.source is not None and not _reads_residual(stage)
+    return stage.source is not None and not stage.behind_norm
 
 
 def _by_value_head(block: nn.Module, stage: Stage, largest: Tensor) -> Tensor:
@@ -161,11 +157,11 @@ def _reorder_residual(model: nn.Module, order: Tensor) -> None:
     for block in block_list(model):
         for stage in anatomy.stages:
             for name in stage.linears:
-                if _reads_residual(stage):
+                if stage.behind_norm:
                     _take(block.get_submodule(name), "weight", order, 1)
                 else:
                     _take_rows(block.get_submodule(name), order)
-            if _reads_residual(stage):
+            if stage.behind_norm:
                 _take_rows(block.get_submodule(stage.source), order)
 
 

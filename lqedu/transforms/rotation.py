@@ -56,7 +56,7 @@ def rotate_model(model: nn.Module, residual: Tensor | None = None, values: Seque
         for stage in anatomy.stages:
             _rotate_stage(block, stage, r, r2)
         for stage in anatomy.stages:
-            if _reads_residual(stage):
+            if stage.behind_norm:
                 _reset_gain(block.get_submodule(stage.source))
     return result
 
@@ -83,7 +83,7 @@ def _rotate_stage(block: nn.Module, stage: Stage, r: Tensor | None, r2: Tensor |
     for name in stage.linears:
         linear = block.get_submodule(name)
         w, bias = linear.weight.double(), None if linear.bias is None else linear.bias.double()[:, None]
-        if _reads_residual(stage):
+        if stage.behind_norm:
             w = _right(w * block.get_submodule(stage.source).weight.double(), r)
         else:
             w, bias = _left(w, r), _left(bias, r)
@@ -94,10 +94,6 @@ def _rotate_stage(block: nn.Module, stage: Stage, r: Tensor | None, r2: Tensor |
         _replace(linear, "weight", w)
         if bias is not None:
             _replace(linear, "bias", bias[:, 0])
-
-
-def _reads_residual(stage: Stage) -> bool:
-    return stage.source is not None and "norm" in stage.source
 
 
 def _right(w: Tensor, r: Tensor | None) -> Tensor:

@@ -66,8 +66,17 @@ def test_linears_of_a_stage_read_the_same_tensor(model):
 def test_a_norm_named_as_source_is_the_input(model):
     inputs, outputs = record_inputs_and_outputs(model, tiny_windows())
     for stage in describe(model).stages:
-        if "norm" in stage.source:
+        if stage.behind_norm:
             assert torch.equal(inputs[stage.linears[0]], outputs[stage.source])
+
+
+def test_stages_behind_a_norm_are_those_whose_source_is_one(model):
+    block = block_list(model)[0]
+    stages = [*describe(model).stages, Stage(("fc2",), None)]
+    norms = [
+        stage.source is not None and "Norm" in type(block.get_submodule(stage.source)).__name__ for stage in stages
+    ]
+    assert [stage.behind_norm for stage in stages] == norms == [True, False, True, False, False]
 
 
 def test_every_source_absorbs_a_scale_of_its_stage_input(model):

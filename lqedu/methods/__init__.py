@@ -4,6 +4,7 @@ from lqedu.methods.awq import AWQ
 from lqedu.methods.base import Answers, Method, available, build, get
 from lqedu.methods.gptq import GPTQ
 from lqedu.methods.hqq import HQQ
+from lqedu.methods.qqq import QQQ
 from lqedu.methods.quarot import QuaRot
 from lqedu.methods.quip import QuIP
 from lqedu.methods.rtn import RTN
@@ -14,6 +15,7 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "HQQ",
+    "QQQ",
     "RTN",
     "Answers",
     "Method",

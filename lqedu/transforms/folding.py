@@ -7,6 +7,8 @@ linearly, the stage's *source* (``lqedu.models.anatomy``): a norm's gain, the ro
 layer of an MLP with ReLU. Nothing remains to be done while the model runs. Chapters ``05-awq`` and ``08-smoothquant``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -53,18 +55,19 @@ def fold_scale(block: nn.Module, stage: Stage, scale: Tensor) -> dict[str, Tenso
     return changed
 
 
-def tie_heads(block: nn.Module, statistic: Tensor) -> Tensor:
-    """Average a statistic of ``o_proj``'s input channels over the query heads that share a value head.
+def tie_heads(block: nn.Module, statistic: Tensor, reduce: Callable[..., Tensor] = torch.mean) -> Tensor:
+    """Make a statistic of ``o_proj``'s input channels equal in the query heads that share a value head.
 
     A scale computed from the result can be folded into ``v_proj``. Without grouped-query attention nothing changes.
 
     Args:
         block: a decoder block.
         statistic: ``[heads * head_dim]``.
+        reduce: over those heads, e.g. ``torch.mean`` or ``torch.amax``.
     """
     size = block.self_attn.head_dim
     repeats = len(statistic) // block.self_attn.v_proj.out_features
-    shared = statistic.view(-1, repeats, size).mean(1, keepdim=True)
+    shared = reduce(statistic.view(-1, repeats, size), 1, keepdim=True)
     return shared.expand(-1, repeats, -1).reshape(-1)
 
 

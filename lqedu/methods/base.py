@@ -208,7 +208,7 @@ class QuantizedActivations(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("activation_bits", "kv_bits"):
+        for name in ("activation_bits", "kv_bits"):  # before the grids, which know them as "bits"
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least=2, most=8, error=GridError)
         if self.activation not in ("token", "tensor", "static"):
@@ -225,12 +225,17 @@ class QuantizedActivations(Method):
 
     def attention_path(self) -> "AttentionPath | None":
         """Keys and values as they are, rounded where ``kv_bits`` says so."""
-        if self.kv_bits is None:
-            return None
-        from lqedu.runtime.attention import AttentionPath
+        return kv_path(self.kv_bits)
 
-        grid = ActivationGrid(self.kv_bits, symmetric=False)
-        return AttentionPath(key=grid, value=grid)
+
+def kv_path(bits: int | None, *, clip_ratio: float = 1.0, hadamard: bool = False) -> "AttentionPath | None":
+    """Keys and values of ``bits`` bits, keys in the Hadamard basis of their head where asked; ``None`` for no bits."""
+    if bits is None:
+        return None
+    from lqedu.runtime.attention import AttentionPath
+
+    grid = ActivationGrid(bits, symmetric=False, clip_ratio=clip_ratio)
+    return AttentionPath(hadamard=hadamard, key=grid, value=grid)
 
 
 def available() -> dict[str, type[Method]]:

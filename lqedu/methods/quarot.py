@@ -19,7 +19,7 @@ from lqedu.errors import GridError, UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.formats.activation import ActivationGrid
 from lqedu.linalg.hadamard import hadamard_block, randomized_hadamard
-from lqedu.methods.base import Answers, QuantizedActivations
+from lqedu.methods.base import Answers, QuantizedActivations, kv_path
 from lqedu.models.anatomy import block_list
 from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, gptq, nearest
@@ -60,7 +60,7 @@ class Rotated(QuantizedActivations):
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("activation_clip", "kv_clip"):
+        for name in ("activation_clip", "kv_clip"):  # before the grids, which know them as "clip_ratio"
             check_number(name, getattr(self, name), above=0, most=1, error=GridError)
         super().__post_init__()
         check_schedule(self.grid(), self.block_size, self.order)
@@ -119,7 +119,7 @@ class QuaRot(Rotated):
 
     def attention_path(self) -> "AttentionPath | None":
         """Keys in the Hadamard basis of each head, after RoPE."""
-        return rotated_attention(self.kv_bits, self.kv_clip, hadamard=True)
+        return kv_path(self.kv_bits, clip_ratio=self.kv_clip, hadamard=True)
 
     def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
         """Rotate the residual stream and the values offline; transform the inputs of ``o_proj`` and ``down_proj`` online."""
@@ -160,13 +160,3 @@ def across_heads(n: int, size: int) -> InputPath:
 def transform_input(block: nn.Module, name: str, path: InputPath) -> None:
     """Replace a linear of a block by one with an online transform of its input; its function stays."""
     block.set_submodule(name, TransformedLinear(block.get_submodule(name), path))
-
-
-def rotated_attention(bits: int | None, clip_ratio: float, *, hadamard: bool) -> "AttentionPath | None":
-    """Keys and values of ``bits`` bits, keys in the Hadamard basis of their head where asked; ``None`` for no bits."""
-    if bits is None:
-        return None
-    from lqedu.runtime.attention import AttentionPath
-
-    grid = ActivationGrid(bits, symmetric=False, clip_ratio=clip_ratio)
-    return AttentionPath(hadamard=hadamard, key=grid, value=grid)

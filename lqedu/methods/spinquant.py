@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from lqedu.errors import CalibrationError, UsageError
 from lqedu.formats.activation import ActivationGrid
 from lqedu.linalg.hadamard import fast_hadamard
-from lqedu.methods.base import Answers
-from lqedu.methods.quarot import Rotated, full_width, hadamard_rotation, rotated_attention, transform_input
+from lqedu.methods.base import Answers, kv_path
+from lqedu.methods.quarot import Rotated, full_width, hadamard_rotation, transform_input
 from lqedu.models.anatomy import block_list
 from lqedu.options import check_count, check_number
 from lqedu.runtime.inputs import InputPath
@@ -80,7 +80,7 @@ class SpinQuant(Rotated):
 
     def attention_path(self) -> "AttentionPath | None":
         """Keys in the Hadamard basis of each head where online transforms are allowed."""
-        return rotated_attention(self.kv_bits, self.kv_clip, hadamard=self.online)
+        return kv_path(self.kv_bits, clip_ratio=self.kv_clip, hadamard=self.online)
 
     def learn(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Tensor]:
         """The learned rotations, and the loss of each step."""

@@ -83,12 +83,13 @@ class Method:
         """How keys and values are stored; ``None`` leaves the attention of transformers alone."""
         return None
 
-    def learn(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Tensor]:
+    def learn(self, model: nn.Module, calibration: Tensor | None, *, progress: bool = False) -> dict[str, Tensor]:
         """Train what :meth:`prepare_model` needs; an interrupted run keeps it and does not train again.
 
         Args:
             model: the dense model. Not changed.
             calibration: token ids ``[windows, length]``, or ``None`` where the method reads none.
+            progress: show a progress bar on stderr.
         """
         return {}
 

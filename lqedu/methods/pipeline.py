@@ -64,7 +64,7 @@ def quantize(
     unfinished = None if resume_dir is None else UnfinishedRun(resume_dir, model, method, calibration)
     learned = unfinished.read_learned() if unfinished else None
     if learned is None:
-        learned = method.learn(model, calibration)
+        learned = method.learn(model, calibration, progress=progress)
         if unfinished and learned:
             unfinished.write_learned(learned)
     result = method.prepare_model(copy_sharing_tensors(model), learned)

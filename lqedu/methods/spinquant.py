@@ -82,9 +82,9 @@ class SpinQuant(Rotated):
         """Keys in the Hadamard basis of each head where online transforms are allowed."""
         return kv_path(self.kv_bits, clip_ratio=self.kv_clip, hadamard=self.online)
 
-    def learn(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Tensor]:
+    def learn(self, model: nn.Module, calibration: Tensor | None, *, progress: bool = False) -> dict[str, Tensor]:
         """The learned rotations, and the loss of each step."""
-        found = learn_rotations(model, calibration, self)
+        found = learn_rotations(model, calibration, self, progress=progress)
         return {"residual": found.residual, "values": torch.stack(found.values), "losses": torch.tensor(found.losses)}
 
     def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:

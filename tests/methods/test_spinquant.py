@@ -127,10 +127,16 @@ def test_a_resumed_run_does_not_train_again(tmp_path, monkeypatch):
     whole = lqedu.quantize(model, method, windows, resume_dir=folder)
     (folder / "block-0001.safetensors").unlink()
     (folder / "block-0002.safetensors").unlink()
-    monkeypatch.setattr(module, "learn_rotations", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(module, "learn_rotations", lambda *_, **__: pytest.fail("trained again"))
     resumed = lqedu.quantize(model, method, windows, resume_dir=folder)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_of_training_is_shown_where_asked(progress, capsys):
+    lqedu.quantize(tiny_model("llama"), _method(), tiny_windows(), progress=progress)
+    assert ("rotations: 100%" in capsys.readouterr().err) == progress
 
 
 @pytest.mark.parametrize("online", [True, False])

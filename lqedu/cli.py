@@ -73,6 +73,7 @@ def quantize(
     tokens = None if text is None else token_windows(tokenizer, text, length=length, count=windows, seed=seed)
     unfinished = out.with_name(out.name + ".unfinished")
     quantized = run(dense, chosen, tokens, progress=True, resume_dir=unfinished)
+    _print_notes(quantized)
     save(quantized, out, tokenizer)
     shutil.rmtree(unfinished)
 
@@ -87,6 +88,7 @@ def quantize(
         "bits_per_weight": 16 * packed / parts["linears_fp16"],
         "raised_damping": [n for n, r in quantized.lqedu_reports.items() if r.attempts > 1],
         "dead_columns": sum(r.dead_columns for r in quantized.lqedu_reports.values()),
+        "notes": quantized.lqedu_notes,
     }
     if json_:
         print(json.dumps(summary))
@@ -159,6 +161,7 @@ def compare(
     rows = [{"method": "dense", "bits_per_weight": None, **_numbers(reference), "delta_nll": 0.0, "delta_stderr": 0.0}]
     for method in chosen:
         quantized = run(dense, method, calibrate, progress=True)
+        _print_notes(quantized)
         layers = quantized_linears(quantized).values()
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         result = perplexity(quantized, evaluation, progress=True)
@@ -321,6 +324,12 @@ def _plus_minus(stderr: float | None) -> str:
 
 def _perplexity_row(result: Any) -> list[str]:
     return [f"{result.ppl:.4f}", f"{result.nll:.4f}{_plus_minus(_finite(result.stderr))}", f"{result.tokens:,}"]
+
+
+def _print_notes(quantized: Any) -> None:
+    """What a method did otherwise than its name says, a line each on stderr."""
+    for note in quantized.lqedu_notes:
+        print(f"note: {quantized.lqedu_method['name']}: {note}", file=sys.stderr)
 
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

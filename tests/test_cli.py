@@ -114,6 +114,21 @@ def test_without_bits_a_method_has_its_own(tiny_folder, text_file, tmp_path, cap
         assert json.loads(stdout)["method"]["options"]["bits"] == bits
 
 
+def test_what_a_method_did_otherwise_is_printed_and_saved(tiny_folder, text_file, tmp_path, capsys):
+    _, tokenizer = lqedu.load_model(tiny_folder)
+    config = tiny_model().config
+    config.intermediate_size = 94
+    type(tiny_model())(config).save_pretrained(tmp_path / "odd")
+    tokenizer.save_pretrained(tmp_path / "odd")
+    note = "the input of down_proj is transformed in blocks of 2: no Hadamard matrix of order 94 is constructed here"
+    options = ("--method", "quarot", "--set", "rounding=nearest", "--out", tmp_path / "out", "--json")
+    status, stdout, stderr = run("quantize", tmp_path / "odd", *options, capsys=capsys)
+    assert status == 0, stderr
+    assert f"note: quarot: {note}" in stderr.splitlines()
+    assert json.loads(stdout)["notes"] == [note]
+    assert lqedu.load_model(tmp_path / "out")[0].lqedu_notes == (note,)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

@@ -60,6 +60,7 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
         "format_version": FORMAT_VERSION,
         "lqedu_version": __version__,
         "method": model.lqedu_method,
+        "notes": list(getattr(model, "lqedu_notes", ())),
         "tied": tied,
         "attention": model.lqedu_attention.to_dict() if hasattr(model, "lqedu_attention") else None,
         "layers": {
@@ -134,6 +135,7 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
         except (GridError, TypeError) as error:
             raise CheckpointError(f"{folder / RECORD}: its attention is not understood: {error}") from error
     model.lqedu_method, model.lqedu_reports, model.lqedu_tokenizer = record["method"], reports, tokenizer
+    model.lqedu_notes = tuple(record.get("notes", ()))  # they change nothing: a folder may lack them
     return model, tokenizer
 
 

@@ -93,6 +93,10 @@ class Method:
         """
         return {}
 
+    def notes(self, model: nn.Module) -> tuple[str, ...]:
+        """What this method does otherwise than its name says because of this dense model: a sentence each."""
+        return ()
+
     def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
         """Move the difficulty across a whole dense model, before calibration; its function must not change.
 

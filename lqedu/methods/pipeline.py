@@ -52,8 +52,9 @@ def quantize(
 
     Returns:
         A new model that shares every untouched tensor with ``model``. Its attributes ``lqedu_reports`` (a
-        :class:`RoundingReport` for each layer) and ``lqedu_method`` (name and options) say what was done, and
-        ``lqedu_learned`` holds what :meth:`Method.learn` found.
+        :class:`RoundingReport` for each layer), ``lqedu_method`` (name and options) and ``lqedu_notes`` (a sentence for
+        each thing the method did otherwise than its name says) tell what was done; ``lqedu_learned`` holds what
+        :meth:`Method.learn` found.
 
     Raises:
         GridError, CalibrationError, UnsupportedModelError, UsageError: refused before work starts, naming the layer.
@@ -70,6 +71,7 @@ def quantize(
     result = method.prepare_model(copy_sharing_tensors(model), learned)
     result.lqedu_method = {"name": method.name, "options": method.options()}
     result.lqedu_learned = learned
+    result.lqedu_notes = method.notes(model)
     result.lqedu_reports = {}
     hidden, kwargs = block_inputs(result, calibration) if method.uses_calibration else (None, {})
     with tqdm(total=len(linears(model)), desc=method.title, unit="layer", disable=not progress) as bar:

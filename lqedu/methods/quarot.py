@@ -121,6 +121,20 @@ class QuaRot(Rotated):
         """Keys in the Hadamard basis of each head, after RoPE."""
         return kv_path(self.kv_bits, clip_ratio=self.kv_clip, hadamard=True)
 
+    def notes(self, model: nn.Module) -> tuple[str, ...]:
+        """Transforms that fall back to blocks."""
+        hidden, size, block = model.get_input_embeddings().embedding_dim, head_dim(model), block_list(model)[0]
+        heads, wide = block.self_attn.o_proj.in_features, block.mlp.down_proj.in_features
+        mixed = across_heads(heads, size)
+        return block_notes(
+            {
+                "the residual stream is rotated": (hidden, hadamard_block(hidden)),
+                "the values of a head are rotated": (size, hadamard_block(size)),
+                "the input of o_proj is transformed": (heads, mixed.hadamard * mixed.stride),
+                "the input of down_proj is transformed": (wide, hadamard_block(wide)),
+            }
+        )
+
     def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
         """Rotate the residual stream and the values offline; transform the inputs of ``o_proj`` and ``down_proj`` online."""
         hidden, size = model.get_input_embeddings().embedding_dim, head_dim(model)
@@ -160,3 +174,12 @@ def across_heads(n: int, size: int) -> InputPath:
 def transform_input(block: nn.Module, name: str, path: InputPath) -> None:
     """Replace a linear of a block by one with an online transform of its input; its function stays."""
     block.set_submodule(name, TransformedLinear(block.get_submodule(name), path))
+
+
+def block_notes(transforms: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """A sentence for each transform that falls back to blocks, by what it does: its width, and the block it has."""
+    return tuple(
+        f"{what} in blocks of {block}: no Hadamard matrix of order {width} is constructed here"
+        for what, (width, block) in transforms.items()
+        if block < width
+    )

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from lqedu.errors import CalibrationError, UsageError
 from lqedu.formats.activation import ActivationGrid
-from lqedu.linalg.hadamard import fast_hadamard
+from lqedu.linalg.hadamard import fast_hadamard, hadamard_block
 from lqedu.methods.base import Answers, kv_path
-from lqedu.methods.quarot import Rotated, full_width, hadamard_rotation, transform_input
+from lqedu.methods.quarot import Rotated, block_notes, full_width, hadamard_rotation, transform_input
 from lqedu.models.anatomy import block_list
 from lqedu.options import check_count, check_number
 from lqedu.runtime.inputs import InputPath
@@ -81,6 +81,17 @@ class SpinQuant(Rotated):
     def attention_path(self) -> "AttentionPath | None":
         """Keys in the Hadamard basis of each head where online transforms are allowed."""
         return kv_path(self.kv_bits, clip_ratio=self.kv_clip, hadamard=self.online)
+
+    def notes(self, model: nn.Module) -> tuple[str, ...]:
+        """Rotations that start from blocks, and an online transform that stays in blocks."""
+        hidden, size = model.get_input_embeddings().embedding_dim, head_dim(model)
+        wide = block_list(model)[0].mlp.down_proj.in_features
+        transforms = {
+            "the rotation of the residual stream starts": (hidden, hadamard_block(hidden)),
+            "the rotations of values start": (size, hadamard_block(size)),
+        }
+        online = {"the input of down_proj is transformed": (wide, hadamard_block(wide))} if self.online else {}
+        return block_notes(transforms | online)
 
     def learn(self, model: nn.Module, calibration: Tensor | None, *, progress: bool = False) -> dict[str, Tensor]:
         """The learned rotations, and the loss of each step."""

@@ -65,6 +65,25 @@ def test_a_width_without_a_hadamard_matrix_is_transformed_in_blocks():
     assert int((r[0] != 0).sum()) == 2
 
 
+ODD = {"intermediate_size": 46, "hidden_size": 30, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 6}
+
+
+def test_transforms_in_blocks_are_reported(tmp_path):
+    """Orders 46, 30 and 6 have no Hadamard matrix: blocks of 2, everywhere; 48 and 32 have one."""
+    assert lqedu.quantize(tiny_model("llama"), QuaRot(rounding="nearest")).lqedu_notes == ()
+    quantized = lqedu.quantize(tiny_model("llama", **ODD), QuaRot(rounding="nearest", kv_bits=None))
+    heads = [note.split(":")[0] for note in quantized.lqedu_notes]
+    assert heads == [
+        "the residual stream is rotated in blocks of 2",
+        "the values of a head are rotated in blocks of 2",
+        "the input of o_proj is transformed in blocks of 2",
+        "the input of down_proj is transformed in blocks of 2",
+    ]
+    assert quantized.lqedu_notes[-1].endswith("no Hadamard matrix of order 46 is constructed here")
+    block = block_list(quantized)[0]
+    assert block.mlp.down_proj.path.hadamard == block.self_attn.o_proj.path.hadamard == 2
+
+
 def test_rotation_spreads_an_outlier_channel():
     """A channel of the residual stream 10 times as large costs per-token 6-bit activations more than rotated ones."""
     model, windows = tiny_model("llama", tie_word_embeddings=False), tiny_windows(6)

@@ -140,6 +140,15 @@ def test_progress_of_training_is_shown_where_asked(progress, capsys):
 
 
 @pytest.mark.parametrize("online", [True, False])
+def test_rotations_in_blocks_are_reported(online):
+    model = tiny_model("llama", intermediate_size=46)
+    notes = lqedu.quantize(model, _method(online=online), tiny_windows()).lqedu_notes
+    assert len(notes) == online and all(note.startswith("the input of down_proj is transformed in") for note in notes)
+    narrow = tiny_model("llama", hidden_size=30, num_attention_heads=5, num_key_value_heads=5)
+    assert _method().notes(narrow)[0].startswith("the rotation of the residual stream starts in blocks of 2")
+
+
+@pytest.mark.parametrize("online", [True, False])
 def test_online_transforms_are_an_option(online):
     model = tiny_model("llama")
     method = _method(online=online)

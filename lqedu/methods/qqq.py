@@ -25,7 +25,7 @@ from lqedu.errors import UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.formats.requantized import RequantizedGrid, RequantizedTensor, requantize
 from lqedu.methods.base import Answers, QuantizedActivations
-from lqedu.methods.quarot import hadamard_rotation
+from lqedu.methods.quarot import hadamard_rotation, rotation_notes
 from lqedu.models.anatomy import Stage, block_list
 from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, gptq
@@ -99,6 +99,10 @@ class QQQ(QuantizedActivations):
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a weight whose inputs the group size does not divide (GridError)."""
         self.grid().scale_shape(shape)
+
+    def notes(self, model: nn.Module) -> tuple[str, ...]:
+        """Rotations that fall back to blocks."""
+        return rotation_notes(model) if self.move == "rotate" else ()
 
     def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
         """Rotate the residual stream and the values offline, where ``move`` says so."""

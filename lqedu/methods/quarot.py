@@ -122,18 +122,15 @@ class QuaRot(Rotated):
         return kv_path(self.kv_bits, clip_ratio=self.kv_clip, hadamard=True)
 
     def notes(self, model: nn.Module) -> tuple[str, ...]:
-        """Transforms that fall back to blocks."""
-        hidden, size, block = model.get_input_embeddings().embedding_dim, head_dim(model), block_list(model)[0]
+        """Transforms that fall back to blocks, offline and online."""
+        block = block_list(model)[0]
         heads, wide = block.self_attn.o_proj.in_features, block.mlp.down_proj.in_features
-        mixed = across_heads(heads, size)
-        return block_notes(
-            {
-                "the residual stream is rotated": (hidden, hadamard_block(hidden)),
-                "the values of a head are rotated": (size, hadamard_block(size)),
-                "the input of o_proj is transformed": (heads, mixed.hadamard * mixed.stride),
-                "the input of down_proj is transformed": (wide, hadamard_block(wide)),
-            }
-        )
+        mixed = across_heads(heads, head_dim(model))
+        online = {
+            "the input of o_proj is transformed": (heads, mixed.hadamard * mixed.stride),
+            "the input of down_proj is transformed": (wide, hadamard_block(wide)),
+        }
+        return rotation_notes(model) + block_notes(online)
 
     def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
         """Rotate the residual stream and the values offline; transform the inputs of ``o_proj`` and ``down_proj`` online."""
@@ -174,6 +171,16 @@ def across_heads(n: int, size: int) -> InputPath:
 def transform_input(block: nn.Module, name: str, path: InputPath) -> None:
     """Replace a linear of a block by one with an online transform of its input; its function stays."""
     block.set_submodule(name, TransformedLinear(block.get_submodule(name), path))
+
+
+def rotation_notes(model: nn.Module) -> tuple[str, ...]:
+    """Whether :func:`hadamard_rotation` of the residual stream and of a model's values falls back to blocks."""
+    hidden, size = model.get_input_embeddings().embedding_dim, head_dim(model)
+    offline = {
+        "the residual stream is rotated": (hidden, hadamard_block(hidden)),
+        "the values of a head are rotated": (size, hadamard_block(size)),
+    }
+    return block_notes(offline)
 
 
 def block_notes(transforms: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:

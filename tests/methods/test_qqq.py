@@ -265,6 +265,14 @@ def test_the_command_line_quantizes_and_reads_back(tmp_path, tokenizer):
     assert {layer["kind"] for layer in record["layers"].values()} == {"requantized"}
 
 
+def test_a_rotation_in_blocks_is_reported():
+    narrow = tiny_model("llama", hidden_size=30, num_attention_heads=5, num_key_value_heads=5)  # order 30 has no matrix
+    assert QQQ(move="smooth").notes(narrow) == QQQ(move="rotate").notes(tiny_model("llama")) == ()
+    assert [note.split(":")[0] for note in QQQ(move="rotate").notes(narrow)] == [
+        "the residual stream is rotated in blocks of 2"
+    ]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     from tokenizers import Tokenizer

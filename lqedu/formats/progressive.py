@@ -19,9 +19,13 @@ from lqedu.errors import GridError
 from lqedu.formats.integer import check_weight
 from lqedu.formats.packing import pack, packed_width, unpack
 
-#: Largest channel code for which every group code decodes inside int8: 119 with :attr:`ProgressiveGrid.zero` "code", one
-#: more with "offset". A search over all groups finds both (chapter ``12-progressive``).
+#: Largest channel code for which every *rounded* weight decodes inside int8: 119 with :attr:`ProgressiveGrid.zero` "code",
+#: one more with "offset". A search over all groups finds both (chapter ``12-progressive``).
 PROTECTIVE = {"code": 119, "offset": 120}
+
+#: Largest channel code for which all 16 codes of every group decode inside int8, also those that no weight of the group is
+#: rounded to. Error feedback may choose these; with "code" it needs this smaller range, or weights held in the protective one.
+PROTECTIVE_ALL_CODES = {"code": 116, "offset": 120}
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,12 @@ class ProgressiveGrid:
         """Stored bits per weight, both levels of scales counted."""
         return 8 * self.nbytes(weight_shape) / (weight_shape[0] * weight_shape[1])
 
-    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(self, weight: Tensor, channel: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Channel scale, group scale and zero point of a weight.
 
         Args:
             weight: ``[out, in]``, a floating dtype.
+            channel: channel scales to keep, float16 ``[out, 1]``; by default they follow from the largest weights.
 
         Returns:
             ``(channel_scale, group_scale, zero)``: float16 ``[out, 1]``, uint8 ``[out, groups]`` of at least 1, and int8
@@ -94,7 +99,8 @@ class ProgressiveGrid:
         """
         check_weight(weight)
         w = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
-        channel = (w.abs().amax(1, keepdim=True) / self.protective).to(torch.float16)
+        if channel is None:
+            channel = (w.abs().amax(1, keepdim=True) / self.protective).to(torch.float16)
         if not bool(torch.isfinite(channel).all()):
             raise GridError("a channel scale overflows float16; rescale the weight")
         channel = torch.where(channel == 0, torch.ones_like(channel), channel)
@@ -116,9 +122,14 @@ class ProgressiveGrid:
         return scale, z if self.zero == "code" else z / group.to(torch.float32)
 
     def encode(self, weight: Tensor, channel: Tensor, group: Tensor, zero: Tensor) -> Tensor:
-        """Nearest codes, uint8 ``[out, in]`` in ``[0, 15]``, rounded once: from the weight, not from the channel code."""
+        """Nearest codes, uint8 ``[out, in]`` in ``[0, 15]``, rounded once: from the weight, not from the channel code.
+
+        Weights beyond the protective range are moved to its end first, so that whatever is encoded decodes inside int8:
+        a scale that float16 rounded down hard (rows near zero), or a weight that carries the errors of others.
+        """
         scale, z = (t.unsqueeze(-1) for t in self.affine(channel, group, zero))
-        x = weight.to(torch.float32).view(*group.shape, -1)
+        limit = self.protective * channel.to(torch.float32)
+        x = weight.to(torch.float32).clamp(-limit, limit).view(*group.shape, -1)
         q = torch.round(x / scale) + z if self.zero == "code" else torch.round(x / scale + z)
         return q.clamp_(0, 15).to(torch.uint8).view(weight.shape)
 

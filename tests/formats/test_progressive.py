@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from lqedu.errors import GridError
-from lqedu.formats.progressive import PROTECTIVE, ProgressiveGrid, ProgressiveTensor, progressive_quantize
+from lqedu.formats.progressive import (
+    PROTECTIVE,
+    PROTECTIVE_ALL_CODES,
+    ProgressiveGrid,
+    ProgressiveTensor,
+    progressive_quantize,
+)
 
 
 def _extremes(protective: int, zero: str) -> tuple[int, int]:
@@ -37,6 +43,51 @@ def test_the_protective_range_is_the_largest_that_is_safe(zero):
     lo, hi = _extremes(PROTECTIVE[zero] + 1, zero)
     assert lo < -128 or hi > 127
     assert (PROTECTIVE["code"], PROTECTIVE["offset"]) == (119, 120)  # the published figure, and the shipped variant
+
+
+def _all_codes(protective: int, zero: str) -> tuple[int, int]:
+    """Smallest and largest value of codes 0 and 15 over every group of ± protective, in plain Python."""
+    ends = []
+    for lo in range(-protective, 1):
+        for hi in range(protective + 1):
+            s = max(1, round((hi - lo) / 15))
+            first = -min(15, round(-lo / s)) * s if zero == "code" else lo
+            ends += [first, first + 15 * s]
+    return min(ends), max(ends)
+
+
+@pytest.mark.parametrize("zero", ["code", "offset"])
+def test_the_range_in_which_all_codes_are_safe_is_the_largest(zero):
+    lo, hi = _all_codes(PROTECTIVE_ALL_CODES[zero], zero)
+    assert lo >= -128 and hi <= 127
+    lo, hi = _all_codes(PROTECTIVE_ALL_CODES[zero] + 1, zero)
+    assert lo < -128 or hi > 127
+
+
+@pytest.mark.parametrize("zero", ["code", "offset"])
+def test_whatever_is_encoded_fits_int8(zero):
+    w, grid = _weight(64), ProgressiveGrid(32, zero)
+    w[:, :32] = w[:, :32].abs().clamp(max=1).sign() * w.abs().amax(1, keepdim=True)  # groups that use the whole channel
+    w[:, 0:32:2] *= -113 / 119
+    fitted = grid.fit(w)
+    pushed = w * 3  # as error feedback may push them
+    assert int(grid.decode_int8(grid.encode(pushed, *fitted), *fitted[1:]).abs().max()) <= 128
+    if zero == "code":  # without the limit, code 15 stands for 128 in some group
+        scale, z = grid.affine(*fitted)
+        free = (
+            (torch.round(pushed.view(*scale.shape, -1) / scale[..., None]) + z[..., None]).clamp(0, 15).to(torch.uint8)
+        )
+        with pytest.raises(GridError, match="outside int8"):
+            grid.decode_int8(free.view(w.shape), *fitted[1:])
+
+
+@pytest.mark.parametrize("zero", ["code", "offset"])
+@pytest.mark.parametrize("largest", [2e-5, 1e-5, 7.2e-6])
+def test_rows_near_zero_have_scales_that_float16_hardly_holds(zero, largest):
+    w = torch.linspace(-113 / 119, 1, 64).repeat(3, 1) * largest
+    q = progressive_quantize(w, ProgressiveGrid(32, zero))  # float16 has steps of 6e-8 here, about the channel scale
+    assert 0.4 * largest < float(q.dequantize().max()) < 1.4 * largest
+    assert not progressive_quantize(w * 1e-2, ProgressiveGrid(32, zero)).dequantize().any()  # and no scale at all here
 
 
 def _weight(rows=40, columns=256, seed=0):

@@ -23,12 +23,17 @@ from torch import nn
 import lqedu
 from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
+from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
+from lqedu.formats.progressive import ProgressiveGrid, progressive_quantize
 from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QuaRot, QuIP, SmoothQuant, SpinQuant
 from lqedu.models import weights_sha256
 from lqedu.models.anatomy import linears
 from lqedu.models.copying import copy_sharing_tensors
+from lqedu.rounding import nearest
 from lqedu.runtime import quantized_linears
+from lqedu.runtime.inputs import InputPath
+from lqedu.runtime.kinds import layer_of
 from lqedu.transforms.rotation import rotate_model
 
 CALIBRATION = {"corpus": "sotu", "split": "calibration", "windows": 32, "length": 512, "seed": 0}
@@ -231,7 +236,10 @@ def quarot_search(device: str) -> Measurement:
     rows = [bench.row(None)]
     for search in ("none", "mse"):
         plain = RTN(group_size=None, symmetric=True, search=search, **widths)
-        rows += [bench.row(m, name="W4A8") for m in (plain, QuaRot(rounding="nearest", kv_bits=None, search=search, **widths))]
+        rows += [
+            bench.row(m, name="W4A8")
+            for m in (plain, QuaRot(rounding="nearest", kv_bits=None, search=search, **widths))
+        ]
     return bench.configuration(), rows
 
 
@@ -293,6 +301,71 @@ def spinquant_study(device: str) -> Measurement:
         rows.append(row)
         print(f"{name} {method}: {row['delta_nll']:+.4f} nats in {seconds:.0f} s", flush=True)
     return {"model": "smollm2-135m", "calibration": CALIBRATION | {"windows": 256, "held_out": 32}}, rows
+
+
+def progressive(device: str) -> Measurement:
+    """Chapter 12: one and two levels of 4-bit groups, two forms of the zero point, 8-bit activations, and wrapped weights.
+
+    Groups are random columns of a weight, because SmolLM2's weights lie on a lattice of 32 neighbours (chapter 03).
+    """
+    bench = _Bench(device)
+    grids: dict[str, Any] = {"channel": IntGrid(4)}
+    for zero in ("integer", "float"):
+        grids[f"groups, {zero} zero"] = IntGrid(4, granularity="group", group_size=64, zero_point=zero)
+    for zero in ("code", "offset"):
+        grids[f"two levels, {zero}"] = ProgressiveGrid(64, zero)
+    rows = [bench.row(None)]
+    for name, grid in grids.items():
+        for bits in (None, 8) if name not in ("channel", "groups, float zero") else (None,):
+            model = _in_random_groups(bench.model, grid, bits)
+            layers = quantized_linears(model).values()
+            weights = sum(layer.in_features * layer.out_features for layer in layers)
+            stored = 8 * sum(layer.nbytes for layer in layers) / weights
+            rows.append(bench.named(name, model) | {"activation_bits": bits, "bits_per_weight": stored})
+    wrapped, groups = _wrapped(bench.model)
+    rows.append(bench.named("two levels, code, without protection", wrapped) | {"wrapped_groups": groups})
+    return bench.configuration(), rows
+
+
+def _in_random_groups(model: nn.Module, grid: Any, activation_bits: int | None) -> nn.Module:
+    """A copy whose linears read their inputs in a random order, rounded to nearest on ``grid`` in that order."""
+    result, generator = copy_sharing_tensors(model), torch.Generator().manual_seed(0)
+    path = InputPath(activation=None if activation_bits is None else ActivationGrid(activation_bits))
+    for name, linear in linears(result).items():
+        order = torch.randperm(linear.in_features, generator=generator).to(linear.weight.device)
+        w = linear.weight.detach()[:, order]
+        stored = progressive_quantize(w, grid) if isinstance(grid, ProgressiveGrid) else nearest(w, grid)[0]
+        result.set_submodule(name, _Reordered(order, layer_of(stored, None, path)))
+    return result
+
+
+class _Reordered(nn.Module):
+    """A layer behind a permutation of its inputs."""
+
+    def __init__(self, order: torch.Tensor, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("order", order)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x[..., self.order])
+
+
+def _wrapped(model: nn.Module) -> tuple[nn.Module, float]:
+    """Weights as a kernel would decode them from channels of ± 127, modulo 256, and the share of groups that wrap."""
+    result, generator = copy_sharing_tensors(model), torch.Generator().manual_seed(0)
+    grid, bad, total = ProgressiveGrid(64, protective=127), 0, 0
+    for linear in linears(result).values():
+        order = torch.randperm(linear.in_features, generator=generator).to(linear.weight.device)
+        w = linear.weight.detach()[:, order]
+        channel, group, zero = grid.fit(w)
+        codes = grid.encode(w, channel, group, zero).view(*group.shape, -1).to(torch.int32)
+        w8 = (codes - zero.to(torch.int32)[..., None]) * group.to(torch.int32)[..., None]
+        outside = (w8 > 127) | (w8 < -128)
+        bad, total = bad + int(outside.any(-1).sum()), total + group.numel()
+        w_hat = w8.to(torch.int8).view(w.shape).to(w.dtype) * channel.to(w.dtype)
+        linear.weight = nn.Parameter(w_hat[:, order.argsort()], requires_grad=False)
+    return result, bad / total
 
 
 def _round_following(x: torch.Tensor, grid: ActivationGrid | None) -> torch.Tensor:
@@ -584,6 +657,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "spinquant": spinquant,
     "spinquant-clip": spinquant_clip,
     "spinquant-study": spinquant_study,
+    "progressive": progressive,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

@@ -1,8 +1,6 @@
 """The checkers of chapter 12-progressive pass the right answers and tell the usual wrong ones apart."""
 
-import pytest
-
-from lqedu.book import check
+from tests.book.answers import right_and_wrong
 
 _ONES, _WORD = 0x01010101, 1 << 32
 
@@ -34,10 +32,4 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_right_and_wrong(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check(name, RIGHT[name])
-    assert "passed" in capsys.readouterr().out
-    for wrong in WRONG[name]:
-        assert not check(name, wrong)
-        assert "not right yet" in capsys.readouterr().out
+test_right_and_wrong = right_and_wrong(RIGHT, WRONG)

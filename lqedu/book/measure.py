@@ -32,8 +32,6 @@ from lqedu.models.anatomy import linears
 from lqedu.models.copying import copy_sharing_tensors
 from lqedu.rounding import nearest
 from lqedu.runtime import quantized_linears
-from lqedu.runtime.inputs import InputPath
-from lqedu.runtime.kinds import layer_of
 from lqedu.transforms.rotation import rotate_model
 
 CALIBRATION = {"corpus": "sotu", "split": "calibration", "windows": 32, "length": 512, "seed": 0}
@@ -111,7 +109,9 @@ def hqq_study(device: str) -> Measurement:
         with _exchanged(model, other, "v_proj"):
             add(f"{name}, values by {'hqq' if model is nearest else 'rtn'}", 3, model)
     for method in (RTN, HQQ):
-        add(f"{method.name}, shuffled columns", 4, _by_shuffled_columns(bench.model, method(bits=4, group_size=64)))
+        quantize = method(bits=4, group_size=64).quantize_linear
+        shuffled = _by_shuffled_columns(bench.model, lambda w, quantize=quantize: quantize(w, None)[0].dequantize())
+        add(f"{method.name}, shuffled columns", 4, shuffled)
     for method in (HQQ(bits=4, group_size=96), HQQ(bits=4, group_size=64, beta=100.0)):
         rows.append(bench.row(method))
     return bench.configuration(), rows
@@ -307,65 +307,41 @@ def progressive(device: str) -> Measurement:
     """Chapter 12: one and two levels of 4-bit groups, two forms of the zero point, 8-bit activations, and wrapped weights.
 
     Groups are random columns of a weight, because SmolLM2's weights lie on a lattice of 32 neighbours (chapter 03).
+    Activations are rounded and multiplied in float32, which is what an integer product returns.
     """
     bench = _Bench(device)
-    grids: dict[str, Any] = {"channel": IntGrid(4)}
-    for zero in ("integer", "float"):
-        grids[f"groups, {zero} zero"] = IntGrid(4, granularity="group", group_size=64, zero_point=zero)
-    for zero in ("code", "offset"):
-        grids[f"two levels, {zero}"] = ProgressiveGrid(64, zero)
+    group = {"granularity": "group", "group_size": 64}
+    grids: dict[str, IntGrid | ProgressiveGrid] = {"channel": IntGrid(4)}
+    grids |= {f"groups, {zero} zero": IntGrid(4, **group, zero_point=zero) for zero in ("integer", "float")}
+    grids |= {f"two levels, {zero}": ProgressiveGrid(64, zero) for zero in ("code", "offset")}
+    count = sum(linear.weight.numel() for linear in linears(bench.model).values())
     rows = [bench.row(None)]
     for name, grid in grids.items():
-        for bits in (None, 8) if name not in ("channel", "groups, float zero") else (None,):
-            model = _in_random_groups(bench.model, grid, bits)
-            layers = quantized_linears(model).values()
-            weights = sum(layer.in_features * layer.out_features for layer in layers)
-            stored = 8 * sum(layer.nbytes for layer in layers) / weights
-            rows.append(bench.named(name, model) | {"activation_bits": bits, "bits_per_weight": stored})
-    wrapped, groups = _wrapped(bench.model)
-    rows.append(bench.named("two levels, code, without protection", wrapped) | {"wrapped_groups": groups})
-    return bench.configuration(), rows
+        model = _by_shuffled_columns(bench.model, lambda w, grid=grid: _rounded(w, grid))
+        stored = sum(grid.nbytes(tuple(linear.weight.shape)) for linear in linears(model).values())
+        labels = {"activation_bits": None, "bits_per_weight": 8 * stored / count}
+        rows.append(bench.named(name, model) | labels)
+        if name == "two levels, offset":
+            for linear in linears(model).values():
+                linear.register_forward_pre_hook(lambda module, args: (ActivationGrid(8).round_trip(args[0]),))
+            rows.append(bench.named(name, model) | labels | {"activation_bits": 8})
+    wrapped = _by_shuffled_columns(bench.model, _wrapped)
+    return bench.configuration(), [*rows, bench.named("two levels, code, without protection", wrapped)]
 
 
-def _in_random_groups(model: nn.Module, grid: Any, activation_bits: int | None) -> nn.Module:
-    """A copy whose linears read their inputs in a random order, rounded to nearest on ``grid`` in that order."""
-    result, generator = copy_sharing_tensors(model), torch.Generator().manual_seed(0)
-    path = InputPath(activation=None if activation_bits is None else ActivationGrid(activation_bits))
-    for name, linear in linears(result).items():
-        order = torch.randperm(linear.in_features, generator=generator).to(linear.weight.device)
-        w = linear.weight.detach()[:, order]
-        stored = progressive_quantize(w, grid) if isinstance(grid, ProgressiveGrid) else nearest(w, grid)[0]
-        result.set_submodule(name, _Reordered(order, layer_of(stored, None, path)))
-    return result
+def _rounded(w: torch.Tensor, grid: IntGrid | ProgressiveGrid) -> torch.Tensor:
+    """What a grid makes of a weight, rounded to nearest."""
+    stored = progressive_quantize(w, grid) if isinstance(grid, ProgressiveGrid) else nearest(w, grid)[0]
+    return stored.dequantize()
 
 
-class _Reordered(nn.Module):
-    """A layer behind a permutation of its inputs."""
-
-    def __init__(self, order: torch.Tensor, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.register_buffer("order", order)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x[..., self.order])
-
-
-def _wrapped(model: nn.Module) -> tuple[nn.Module, float]:
-    """Weights as a kernel would decode them from channels of ± 127, modulo 256, and the share of groups that wrap."""
-    result, generator = copy_sharing_tensors(model), torch.Generator().manual_seed(0)
-    grid, bad, total = ProgressiveGrid(64, protective=127), 0, 0
-    for linear in linears(result).values():
-        order = torch.randperm(linear.in_features, generator=generator).to(linear.weight.device)
-        w = linear.weight.detach()[:, order]
-        channel, group, zero = grid.fit(w)
-        codes = grid.encode(w, channel, group, zero).view(*group.shape, -1).to(torch.int32)
-        w8 = (codes - zero.to(torch.int32)[..., None]) * group.to(torch.int32)[..., None]
-        outside = (w8 > 127) | (w8 < -128)
-        bad, total = bad + int(outside.any(-1).sum()), total + group.numel()
-        w_hat = w8.to(torch.int8).view(w.shape).to(w.dtype) * channel.to(w.dtype)
-        linear.weight = nn.Parameter(w_hat[:, order.argsort()], requires_grad=False)
-    return result, bad / total
+def _wrapped(w: torch.Tensor) -> torch.Tensor:
+    """A weight as a kernel would decode it from channels of ± 127: modulo 256."""
+    grid = ProgressiveGrid(64, protective=127)
+    channel, group, zero = grid.fit(w)
+    codes = grid.encode(w, channel, group, zero).view(*group.shape, -1).to(torch.int32)
+    w8 = (codes - zero.to(torch.int32)[..., None]) * group.to(torch.int32)[..., None]
+    return w8.to(torch.int8).view(w.shape).to(w.dtype) * channel.to(w.dtype)
 
 
 def _round_following(x: torch.Tensor, grid: ActivationGrid | None) -> torch.Tensor:
@@ -580,8 +556,8 @@ def _exchanged(model: nn.Module, other: nn.Module, last_name: str) -> Iterator[N
             model.set_submodule(name, layer)
 
 
-def _by_shuffled_columns(model: nn.Module, method: Method) -> nn.Module:
-    """A dense copy with what ``method`` makes of each weight when its groups are random columns, not neighbours.
+def _by_shuffled_columns(model: nn.Module, decoded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A dense copy with what ``decoded`` makes of each weight when its groups are random columns, not neighbours.
 
     SmolLM2's weights lie on a lattice of 32 neighbours (chapter 03), which random groups do not see.
     """
@@ -589,8 +565,8 @@ def _by_shuffled_columns(model: nn.Module, method: Method) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for linear in linears(result).values():
         order = torch.randperm(linear.in_features, generator=generator).to(linear.weight.device)
-        quantized, _ = method.quantize_linear(linear.weight.detach()[:, order], None)
-        linear.weight = nn.Parameter(quantized.dequantize()[:, order.argsort()], requires_grad=False)
+        w_hat = decoded(linear.weight.detach()[:, order])
+        linear.weight = nn.Parameter(w_hat[:, order.argsort()], requires_grad=False)
     return result
 
 

@@ -82,6 +82,25 @@ def run_block(
     return output[0] if isinstance(output, tuple) else output
 
 
+def first_windows(hidden: Tensor, kwargs: Mapping[str, Any], tokens: int) -> tuple[Tensor, dict[str, Any]]:
+    """A block's inputs cut to whole windows of at least ``tokens`` tokens, or all where there are fewer.
+
+    Args:
+        hidden, kwargs: from :func:`block_inputs`. Of the arguments, what has an entry for each window is cut.
+        tokens: at least 1.
+    """
+    windows = len(hidden)
+    count = min(windows, -(-tokens // hidden.shape[1]))
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(part) for part in value)
+        per_window = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == windows
+        return value[:count] if per_window else value
+
+    return hidden[:count], {name: cut(value) for name, value in kwargs.items()}
+
+
 def _calling(function: Visitor) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         function(args[0] if args else next(iter(kwargs.values())))  # attention gets its input by name

@@ -4,6 +4,7 @@ from lqedu.methods.awq import AWQ
 from lqedu.methods.base import Answers, Method, available, build, get
 from lqedu.methods.gptq import GPTQ
 from lqedu.methods.hqq import HQQ
+from lqedu.methods.qoq import QoQ
 from lqedu.methods.qqq import QQQ
 from lqedu.methods.quarot import QuaRot
 from lqedu.methods.quip import QuIP
@@ -19,6 +20,7 @@ __all__ = [
     "RTN",
     "Answers",
     "Method",
+    "QoQ",
     "QuIP",
     "QuaRot",
     "SmoothQuant",

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lqedu.calibration.capture import run_block
+from lqedu.calibration.capture import first_windows, run_block
 from lqedu.errors import CalibrationError, GridError, UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.linalg import HessianAccumulator
@@ -199,8 +199,7 @@ class AWQ(WeightOnly):
         """Search the scales of all stages on the untouched block, fold them, then clip."""
         seen = {stage: _Inputs() for stage in stages}
         run_block(block, hidden, kwargs, visit={stage.linears[0]: seen[stage].add_magnitude for stage in stages})
-        count = min(len(hidden), -(-self.search_tokens // hidden.shape[1]))
-        few, few_kwargs = hidden[:count], _first_windows(kwargs, len(hidden), count)
+        few, few_kwargs = first_windows(hidden, kwargs, self.search_tokens)
         calls = _record_calls(block, few, few_kwargs, seen)
         found = {stage: self._search(block, stage, seen[stage], calls) for stage in stages if stage.source is not None}
         changed: dict[str, Tensor] = {}
@@ -317,18 +316,6 @@ def _record_calls(
         for hook in hooks:
             hook.remove()
     return calls
-
-
-def _first_windows(kwargs: Mapping[str, Any], windows: int, count: int) -> dict[str, Any]:
-    """The same arguments for the first ``count`` windows: what has an entry for each window is cut."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cut(part) for part in value)
-        per_window = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == windows
-        return value[:count] if per_window else value
-
-    return {name: cut(value) for name, value in kwargs.items()}
 
 
 def _tensor(output: Any) -> Tensor:

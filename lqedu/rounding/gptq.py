@@ -18,6 +18,7 @@ Cost of ``[out, in]``: 2/3 in**3 flops for the factor and its inverse (float64),
 """
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def gptq(
     damping: float = 0.01,
     block_size: int = 128,
     order: str = "natural",
+    fitted: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[QTensor, RoundingReport]:
     """Round a weight with second-order error feedback.
 
@@ -51,6 +53,8 @@ def gptq(
         block_size: columns updated at once before the rest of the matrix is touched. Speed only; the codes do not
             depend on it. Must divide, or be a multiple of, the group size.
         order: "natural" (left to right) or "activation" (largest Hessian diagonal first; scales stay static).
+        fitted: scale and zero point, as ``grid.fit`` returns them, to round with instead of fitting any (for instance
+            those of :func:`lqedu.transforms.clipping.fit_clipped`).
 
     Returns:
         The quantized weight and its report. No argument is changed.
@@ -72,30 +76,71 @@ def gptq(
     """
     check_problem(weight, hessian, damping)
     grid.scale_shape(tuple(weight.shape))  # refuses a group size that does not divide
-    group = grid.columns_per_scale(weight.shape[1])
     check_schedule(grid, block_size, order)
 
     w = weight.detach()
     w = w if w.dtype == torch.float64 else w.to(torch.float32)
-    dead = hessian.diagonal() == 0
-    h = damp(hessian.to(torch.float64), damping)
-    h.diagonal()[dead] = 1.0  # their other entries are zero: a dead column decouples and is rounded to nearest
-
-    static = order == "activation" or grid.granularity != "group"
-    scale, zero = grid.fit(w) if static else _empty_grid(grid, w)
-    columns = _column_order(h, order)
-    u = inverse_factor(h[columns][:, columns]).to(w.dtype)
-    codes = _sweep(w[:, columns], u, grid, scale, zero, columns // group, block_size=block_size, static=static)
-    codes = codes[:, columns.argsort()].contiguous()
-
+    static = fitted is not None or order == "activation" or grid.granularity != "group"
+    scale, zero = fitted or (grid.fit(w) if static else _empty_grid(grid, w))
+    codes = feedback_codes(
+        w, hessian, grid, scale, zero, damping=damping, block_size=block_size, order=order, static=static
+    )
     quantized = QTensor(codes, scale, zero, grid)
     report = RoundingReport(
         proxy_loss=proxy_loss(w - quantized.dequantize(w.dtype), hessian),
         damping=damping,
-        dead_columns=int(dead.sum()),
+        dead_columns=int((hessian.diagonal() == 0).sum()),
         flips=float((codes != grid.encode(w, scale, zero)).double().mean()),
     )
     return quantized, report
+
+
+class Rounder(Protocol):
+    """What the sweep asks of a grid; :class:`lqedu.formats.IntGrid` is one."""
+
+    code_dtype: torch.dtype
+
+    def columns_per_scale(self, columns: int) -> int:
+        """Consecutive inputs of a row that share a scale."""
+        ...
+
+    def nearest_code(self, w: Tensor, s: Tensor, z: Tensor | float) -> Tensor:
+        """Codes of one column ``[out]``; see :meth:`lqedu.formats.IntGrid.nearest_code`."""
+        ...
+
+
+def feedback_codes(
+    w: Tensor,
+    hessian: Tensor,
+    grid: Rounder,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    damping: float,
+    block_size: int,
+    order: str,
+    static: bool = True,
+) -> Tensor:
+    """The codes of :func:`gptq` for scales that are given: factor, sweep, restore the order of the columns.
+
+    Args:
+        w: ``[out, in]``, float32 or float64.
+        hessian: ``[in, in]``.
+        grid: how a column becomes codes.
+        scale, zero: ``[out, groups]``; filled in by the sweep unless ``static``.
+        damping, block_size, order: see :func:`gptq`.
+
+    Returns:
+        ``[out, in]`` in ``grid.code_dtype``.
+    """
+    group = grid.columns_per_scale(w.shape[1])
+    dead = hessian.diagonal() == 0
+    h = damp(hessian.to(torch.float64), damping)
+    h.diagonal()[dead] = 1.0  # their other entries are zero: a dead column decouples and is rounded to nearest
+    columns = _column_order(h, order)
+    u = inverse_factor(h[columns][:, columns]).to(w.dtype)
+    codes = _sweep(w[:, columns], u, grid, scale, zero, columns // group, block_size=block_size, static=static)
+    return codes[:, columns.argsort()].contiguous()
 
 
 def _column_order(h: Tensor, order: str) -> Tensor:
@@ -108,7 +153,7 @@ def _column_order(h: Tensor, order: str) -> Tensor:
 def _sweep(
     w: Tensor,
     u: Tensor,
-    grid: IntGrid,
+    grid: Rounder,
     scale: Tensor,
     zero: Tensor | None,
     group_of: Tensor,

@@ -9,13 +9,20 @@ from lqedu.formats import IntGrid, QTensor
 from lqedu.rounding.report import RoundingReport, check_problem, proxy_loss
 
 
-def nearest(weight: Tensor, grid: IntGrid, *, hessian: Tensor | None = None) -> tuple[QTensor, RoundingReport]:
+def nearest(
+    weight: Tensor,
+    grid: IntGrid,
+    *,
+    hessian: Tensor | None = None,
+    fitted: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[QTensor, RoundingReport]:
     """Round a weight to the nearest points of a grid fitted to it.
 
     Args:
         weight: ``[out, in]``.
-        grid: the grid; scales are fitted here.
+        grid: the grid.
         hessian: ``[in, in]``; only used to report the proxy loss.
+        fitted: scale and zero point to round with; by default ``grid.fit(weight)``.
 
     Returns:
         The quantized weight and its report.
@@ -32,7 +39,7 @@ def nearest(weight: Tensor, grid: IntGrid, *, hessian: Tensor | None = None) -> 
     if hessian is not None:
         check_problem(weight, hessian, damping=0.0)
     weight = weight.detach()  # a layer's weight may be a parameter; codes have no gradient
-    scale, zero = grid.fit(weight)
+    scale, zero = grid.fit(weight) if fitted is None else fitted
     quantized = QTensor(grid.encode(weight, scale, zero), scale, zero, grid)
     if hessian is None:
         return quantized, RoundingReport(proxy_loss=None)

@@ -15,16 +15,24 @@ Lin et al., 2024, arXiv:2405.04532, section 4.2 (reference: mit-han-lab/deepcomp
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lqedu.calibration.capture import run_block
 from lqedu.errors import CalibrationError, UnsupportedModelError, UsageError
-from lqedu.formats.activation import ActivationGrid
 from lqedu.options import check_count, check_number
 from lqedu.transforms.folding import replace_parameter
+
+
+class KeyGrid(Protocol):
+    """What rounds keys: one grid for each token of each head."""
+
+    def round_trip(self, x: Tensor) -> Tensor:
+        """The values that keys ``[..., head_dim]`` become once they are stored."""
+        ...
+
 
 _SMALLEST = 1e-5  # of a scale, as for the scales of smoothing
 
@@ -199,7 +207,7 @@ class AttentionSearch:
 
 
 def search_attention(
-    heads: Heads, grid: ActivationGrid, *, points: int = 20, shared: bool = False, mask: Tensor | None = None
+    heads: Heads, grid: KeyGrid, *, points: int = 20, shared: bool = False, mask: Tensor | None = None
 ) -> AttentionSearch:
     """The λ whose rounded keys disturb the output of attention least.
 
@@ -237,7 +245,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     )
 
 
-def _rounded(heads: Heads, scale: Tensor, grid: ActivationGrid) -> Sequence[Tensor]:
+def _rounded(heads: Heads, scale: Tensor, grid: KeyGrid) -> Sequence[Tensor]:
     """Queries, keys and values with λ applied and the keys rounded."""
     factor = scale.to(heads.key.dtype)[:, None]  # [kv_heads, 1, head_dim]
     repeats = heads.query.shape[1] // heads.key.shape[1]

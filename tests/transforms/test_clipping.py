@@ -5,8 +5,10 @@ import torch
 
 from lqedu.errors import CalibrationError, GridError, UsageError
 from lqedu.formats import IntGrid, ScaleConvention
-from lqedu.rounding import nearest
-from lqedu.transforms.clipping import clip_weight
+from lqedu.formats.progressive import ProgressiveGrid
+from lqedu.rounding import gptq, nearest, proxy_loss
+from lqedu.rounding.progressive import progressive_nearest
+from lqedu.transforms.clipping import clip_weight, fit_clipped
 
 GRID = IntGrid(3, granularity="group", group_size=16, convention=ScaleConvention.MINMAX)
 
@@ -63,3 +65,64 @@ def test_bad_arguments():
         clip_weight(w, h, IntGrid(3, granularity="group", group_size=24))
     with pytest.raises(UsageError, match="most"):
         clip_weight(w, h, GRID, most=1.0)
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize("grid", ["integer", "progressive"])
+def test_a_fitted_grid_is_the_best_of_its_candidates(grid, group_size):
+    """Every group's own loss on tokens, computed here for each factor; the weight that is rounded is not clamped."""
+    w, x = _problem(1)
+    progressive = grid == "progressive"
+    grid = ProgressiveGrid(group_size) if progressive else IntGrid(4, granularity="group", group_size=group_size)
+    grouped = w.view(12, -1, group_size)
+    limit = grouped.abs().amax(-1, keepdim=True)
+    channel = grid.fit(w)[0] if progressive else None
+
+    def rounded(fitted):
+        if progressive:
+            return progressive_nearest(w, grid, fitted=fitted)[0].dequantize()
+        return nearest(w, grid, fitted=fitted)[0].dequantize()
+
+    def losses(w_hat):
+        delta = (w - w_hat).view(12, -1, group_size)
+        return torch.einsum("tgi,ogi->tog", x.view(len(x), -1, group_size), delta).square().sum(0)
+
+    candidates = []
+    for i in range(10):
+        clamped = grouped.clamp(-(1 - i / 20) * limit, (1 - i / 20) * limit).view(w.shape)
+        candidates.append(losses(rounded(grid.fit(clamped, channel) if progressive else grid.fit(clamped))))
+    got = losses(rounded(fit_clipped(w, x.T @ x / len(x), grid)))
+    assert torch.allclose(got, torch.stack(candidates).amin(0), rtol=1e-4)
+    assert float((got < 0.99 * candidates[0]).float().mean()) > 0.2  # the others lose nothing
+
+
+def test_a_fitted_grid_per_channel_sees_the_whole_hessian():
+    w, x = _problem(2)
+    h, grid = x.T @ x / len(x), IntGrid(4)
+    plain, clipped = (nearest(w, grid, hessian=h, fitted=f)[1].proxy_loss for f in (None, fit_clipped(w, h, grid)))
+    assert clipped < 0.9 * plain
+
+
+def test_error_feedback_makes_up_for_what_a_range_cuts_off():
+    """GPTQ rounds the weight itself on the clipped grid: less loss than rounding the clamped weight."""
+    w, x = _problem(3)
+    h, grid = x.T @ x / len(x), IntGrid(3)
+    q, report = gptq(w, h, grid, fitted=fit_clipped(w, h, grid))
+    clamped = gptq(clip_weight(w, h, grid)[0], h, grid)[0]
+    assert report.proxy_loss < proxy_loss(w - clamped.dequantize(), h)
+    assert torch.equal(q.scale, fit_clipped(w, h, grid)[0])
+
+
+def test_one_point_fits_as_usual_and_bad_arguments_are_refused():
+    w, x = _problem()
+    h = x.T @ x
+    for grid in (GRID, ProgressiveGrid(16)):
+        got, want = fit_clipped(w, h, grid, points=1), grid.fit(w)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        for options in ({"points": 0}, {"most": 1.0}):
+            with pytest.raises(UsageError):
+                fit_clipped(w, h, grid, **options)
+    with pytest.raises(GridError, match="does not divide"):
+        fit_clipped(w, h, ProgressiveGrid(24))
+    with pytest.raises(GridError, match="axis=1"):
+        fit_clipped(w, h, IntGrid(4, granularity="group", group_size=4, axis=0))

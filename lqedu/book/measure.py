@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from lqedu.evaluation.perplexity import Perplexity
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
 from lqedu.formats.progressive import ProgressiveGrid, progressive_quantize
-from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QuaRot, QuIP, SmoothQuant, SpinQuant
+from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QoQ, QuaRot, QuIP, SmoothQuant, SpinQuant
 from lqedu.models import weights_sha256
 from lqedu.models.anatomy import linears
 from lqedu.models.copying import copy_sharing_tensors
@@ -329,6 +330,40 @@ def progressive(device: str) -> Measurement:
     return bench.configuration(), [*rows, bench.named("two levels, code, without protection", wrapped)]
 
 
+def qoq(device: str) -> Measurement:
+    """Chapter 14: QoQ with keys and values of three widths behind the same weights, and its parts added one by one.
+
+    Each row of the ablation carries ``gain``, its loss less that of the row before, window by window. Norms are folded in a
+    row of their own: folding takes SmolLM2's weights off their lattice (chapter 03), which is not rotation's doing.
+    """
+    bench = _Bench(device)
+    rows = [bench.row(None), bench.row(GPTQ(bits=4, group_size=64), name="W4A16")]
+    full = QoQ(group_size=64)
+    for method in (QoQ(group_size=None), full):
+        rows += bench.cache_rows(method)
+
+    off = {"rotate": False, "reorder": "none", "smooth": "none", "smooth_attention": "none"}
+    step = replace(full, **off, clip=False, rounding="nearest")
+    rows.append(bench.row(step, name="ablation", added="nothing"))
+    rows.append(bench.row(step, model=rotate_model(bench.model), name="ablation", added="folded norms"))
+    for part in ("rotate", "reorder", "smooth", "smooth_attention", "clip", "rounding"):
+        step = replace(step, **{part: getattr(full, part)})
+        rows.append(bench.row(step, name="ablation", added=part))
+    for before, row in pairwise([row for row in rows if row.get("name") == "ablation"]):
+        row |= _gain(row["samples"], before["samples"])
+    for change in (
+        {"reorder": "all"},
+        {"reorder": "none"},
+        {"smooth": "outputs"},
+        {"smooth_attention": "search"},
+        {"smooth_attention": "none"},
+        {"clip": False},
+        {"seed": 1},
+    ):
+        rows.append(bench.row(replace(full, **change), name="variant", changed=", ".join(change)))
+    return bench.configuration(), rows
+
+
 def _rounded(w: torch.Tensor, grid: IntGrid | ProgressiveGrid) -> torch.Tensor:
     """What a grid makes of a weight, rounded to nearest."""
     stored = progressive_quantize(w, grid) if isinstance(grid, ProgressiveGrid) else nearest(w, grid)[0]
@@ -523,7 +558,31 @@ class _Bench:
         """One row of a quality table; ``None`` is the dense model. ``model`` takes its place as what is quantized."""
         if method is None:
             return {"method": "dense", "bits_per_weight": 32.0, **_quality(self.dense, self.dense)}
-        result, quantized, seconds = self.evaluate(method, windows, model)
+        return self._described(method, *self.evaluate(method, windows, model), windows, labels)
+
+    def cache_rows(self, method: Method) -> list[dict[str, Any]]:
+        """A row each for keys and values left alone, at 8 and at 4 bits, behind the weights that ``method`` makes."""
+        from lqedu.runtime.attention import AttentionPath, set_attention_path
+
+        rows, windows = [], CALIBRATION["windows"]
+        _, quantized, seconds = self.evaluate(method, windows)
+        for bits in (None, 8, 4):
+            other = replace(method, kv_bits=bits)
+            set_attention_path(quantized, other.attention_path() or AttentionPath())
+            result = lqedu.perplexity(quantized, self.windows, batch_size=self.batch_size)
+            labels = {"name": f"KV{bits or 16}"}
+            rows.append(self._described(other, result, quantized, seconds, windows, labels))
+        return rows
+
+    def _described(
+        self,
+        method: Method,
+        result: Perplexity,
+        quantized: nn.Module,
+        seconds: float,
+        windows: int,
+        labels: dict[str, str],
+    ) -> dict[str, Any]:
         losses = quantized.lqedu_learned.get("losses")
         layers = quantized_linears(quantized).values()
         weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -568,6 +627,12 @@ def _by_shuffled_columns(model: nn.Module, decoded: Callable[[torch.Tensor], tor
         w_hat = decoded(linear.weight.detach()[:, order])
         linear.weight = nn.Parameter(w_hat[:, order.argsort()], requires_grad=False)
     return result
+
+
+def _gain(samples: list[float], before: list[float]) -> dict[str, float]:
+    """Mean difference of two rows' losses, window by window, and its standard error."""
+    moved = torch.tensor(samples, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    return {"gain": float(moved.mean()), "gain_stderr": float(moved.std() / len(moved) ** 0.5)}
 
 
 def _total(values: list[float | None]) -> float | None:
@@ -634,6 +699,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "spinquant-clip": spinquant_clip,
     "spinquant-study": spinquant_study,
     "progressive": progressive,
+    "qoq": qoq,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

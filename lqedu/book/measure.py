@@ -331,6 +331,40 @@ def progressive(device: str) -> Measurement:
     return bench.configuration(), [*rows, bench.named("two levels, code, without protection", wrapped) | {"seed": 0}]
 
 
+def qoq(device: str) -> Measurement:
+    """Chapter 14: QoQ with keys and values of three widths behind the same weights, and its parts added one by one.
+
+    Each row of the ablation carries ``gain``, its loss less that of the row before, window by window. Norms are folded in a
+    row of their own: folding takes SmolLM2's weights off their lattice (chapter 03), which is not rotation's doing.
+    """
+    bench = _Bench(device)
+    rows = [bench.row(None), bench.row(GPTQ(bits=4, group_size=64), name="W4A16")]
+    full = QoQ(group_size=64)
+    for method in (QoQ(group_size=None), full):
+        rows += bench.cache_rows(method)
+
+    off = {"rotate": False, "reorder": "none", "smooth": "none", "smooth_attention": "none"}
+    step = replace(full, **off, clip=False, rounding="nearest")
+    rows.append(bench.row(step, name="ablation", added="nothing"))
+    rows.append(bench.row(step, model=rotate_model(bench.model), name="ablation", added="folded norms"))
+    for part in ("rotate", "reorder", "smooth", "smooth_attention", "clip", "rounding"):
+        step = replace(step, **{part: getattr(full, part)})
+        rows.append(bench.row(step, name="ablation", added=part))
+    for before, row in pairwise([row for row in rows if row.get("name") == "ablation"]):
+        row |= _gain(row["samples"], before["samples"])
+    for change in (
+        {"reorder": "all"},
+        {"reorder": "none"},
+        {"smooth": "outputs"},
+        {"smooth_attention": "search"},
+        {"smooth_attention": "none"},
+        {"clip": False},
+        {"seed": 1},
+    ):
+        rows.append(bench.row(replace(full, **change), name="variant", changed=", ".join(change)))
+    return bench.configuration(), rows
+
+
 def _rounded(w: torch.Tensor, grid: IntGrid | ProgressiveGrid) -> torch.Tensor:
     """What a grid makes of a weight, rounded to nearest."""
     stored = progressive_quantize(w, grid) if isinstance(grid, ProgressiveGrid) else nearest(w, grid)[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lqedu.errors import GridError, UsageError
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
+from lqedu.formats.kv import KVInt
 from lqedu.models.anatomy import Stage
 from lqedu.options import check_count
 from lqedu.rounding import RoundingReport
@@ -233,13 +234,15 @@ class QuantizedActivations(Method):
         return kv_path(self.kv_bits)
 
 
-def kv_path(bits: int | None, *, clip_ratio: float = 1.0, hadamard: bool = False) -> "AttentionPath | None":
+def kv_path(
+    bits: int | None, *, clip_ratio: float = 1.0, zero_point: str = "float", hadamard: bool = False
+) -> "AttentionPath | None":
     """Keys and values of ``bits`` bits, keys in the Hadamard basis of their head where asked; ``None`` for no bits."""
     if bits is None:
         return None
     from lqedu.runtime.attention import AttentionPath
 
-    grid = ActivationGrid(bits, symmetric=False, clip_ratio=clip_ratio)
+    grid = KVInt(bits, clip_ratio, zero_point)
     return AttentionPath(hadamard=hadamard, key=grid, value=grid)
 
 

@@ -119,7 +119,7 @@ class QuaRot(Rotated):
 
     def attention_path(self) -> "AttentionPath | None":
         """Keys in the Hadamard basis of each head, after RoPE."""
-        return kv_path(self.kv_bits, clip_ratio=self.kv_clip, hadamard=True)
+        return kv_path(self.kv_bits, clip_ratio=self.kv_clip, zero_point="integer", hadamard=True)
 
     def notes(self, model: nn.Module) -> tuple[str, ...]:
         """Transforms that fall back to blocks, offline and online."""

@@ -80,7 +80,7 @@ class SpinQuant(Rotated):
 
     def attention_path(self) -> "AttentionPath | None":
         """Keys in the Hadamard basis of each head where online transforms are allowed."""
-        return kv_path(self.kv_bits, clip_ratio=self.kv_clip, hadamard=self.online)
+        return kv_path(self.kv_bits, clip_ratio=self.kv_clip, zero_point="integer", hadamard=self.online)
 
     def notes(self, model: nn.Module) -> tuple[str, ...]:
         """Rotations that start from blocks, and an online transform that stays in blocks."""

@@ -1,5 +1,18 @@
-"""Running quantized models: layers that keep packed codes (chapter ``02-grids``)."""
+"""Running quantized models: layers that keep packed codes (``02-grids``) and a cache that does (``15-kv-cache``)."""
+
+from typing import TYPE_CHECKING, Any
 
 from lqedu.runtime.linear import QuantLinear, quantized_linears
 
-__all__ = ["QuantLinear", "quantized_linears"]
+if TYPE_CHECKING:
+    from lqedu.runtime.kv_cache import PackedCache, quantize_kv
+
+__all__ = ["PackedCache", "QuantLinear", "quantize_kv", "quantized_linears"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PackedCache", "quantize_kv"):  # only they need transformers, which takes seconds to import
+        from lqedu.runtime import kv_cache
+
+        return getattr(kv_cache, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,26 +1,29 @@
-"""Attention whose keys and values are stored in few bits: transform, round, then attend; chapter ``10-quarot``.
+"""Attention whose keys and values are stored in few bits: transform, round, attend; ``10-quarot``, ``15-kv-cache``.
 
 transformers rotates q and k by position (RoPE), hands k and v to the cache, and what the cache returns to the attention
 function. A Hadamard transform over each head comes after RoPE, which it does not commute with: of q here, of k where it
-is stored, so that ``q k^T`` is unchanged and only the rounding sees a different k. Without a cache of ours
-(:class:`RoundedCache`) the attention function does the storing itself, for every key at every step.
+is stored, so that ``q k^T`` is unchanged and only the rounding sees a different k.
+
+How keys and values are rounded belongs to the model (:class:`AttentionPath`). With any cache of transformers, or none, the
+attention function rounds the floats it is handed. A :class:`lqedu.runtime.PackedCache` rounds each token once, when it
+arrives, and hands over the bytes it keeps. The numbers are the same, the memory is not.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lqedu.errors import GridError
-from lqedu.formats.activation import ActivationGrid
+from lqedu.formats.kv import Codes, KVGrid, kv_grid_from_dict
 from lqedu.linalg.hadamard import fast_hadamard
 from lqedu.models.anatomy import block_list
 
 NAME = "lqedu"  # in config._attn_implementation
-_STORED = "lqedu_stored"  # marks keys and values that a cache has rounded already
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,38 @@ class AttentionPath:
     Attributes:
         hadamard: transform q and k over each head, after RoPE.
         key, value: grids of one token of one head; ``None`` leaves it in floating point.
+
+    Raises:
+        GridError: grids of another kind.
     """
 
     hadamard: bool = False
-    key: ActivationGrid | None = None
-    value: ActivationGrid | None = None
+    key: KVGrid | None = None
+    value: KVGrid | None = None
 
     def __post_init__(self) -> None:
         for grid in (self.key, self.value):
-            if grid is not None and grid.granularity != "token":
-                raise GridError("a cache grows by tokens, so its grids have granularity='token'")
+            if not isinstance(grid, KVGrid | None):
+                raise GridError(f"keys and values need a scale for each token, as in lqedu.formats.kv, got {grid!r}")
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention will read of keys and values ``[batch, heads, tokens, head_dim]``."""
+        """What attention will read of keys and values ``[batch, kv_heads, tokens, head_dim]``."""
         key = fast_hadamard(key) if self.hadamard else key
         key = key if self.key is None else self.key.round_trip(key)
         return key, value if self.value is None else self.value.round_trip(value)
+
+    def pack(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as bytes: records, uint8 ``[batch, kv_heads, tokens, record bytes]``."""
+        key = fast_hadamard(key) if self.hadamard else key
+        return _pack(key, self.key), _pack(value, self.value)
+
+    def unpack(self, key: Tensor, value: Tensor, like: Tensor) -> tuple[Codes, Codes]:
+        """What records hold; ``like`` has the head size and the dtype of the keys.
+
+        Raises:
+            GridError: records that another path packed.
+        """
+        return _unpack(key, self.key, like), _unpack(value, self.value, like)
 
     def query(self, query: Tensor) -> Tensor:
         """The query ``[batch, heads, tokens, head_dim]`` in the basis of the stored keys."""
@@ -65,7 +84,7 @@ class AttentionPath:
         """
         if set(d) != {"hadamard", "key", "value"}:
             raise GridError(f"an attention path has the fields hadamard, key and value, got {sorted(d)}")
-        grids = {k: None if d[k] is None else ActivationGrid.from_dict(d[k]) for k in ("key", "value")}
+        grids = {k: None if d[k] is None else kv_grid_from_dict(d[k]) for k in ("key", "value")}
         return cls(d["hadamard"], **grids)
 
 
@@ -77,33 +96,82 @@ def set_attention_path(model: nn.Module, path: AttentionPath) -> None:
         block.self_attn.lqedu_attention = path
 
 
-class RoundedCache(DynamicCache):
-    """A cache that transforms and rounds keys and values once, when they arrive; it holds the rounded values as floats.
-
-    Pass it to the model as ``past_key_values``, for instance to ``generate``.
-    """
-
-    def __init__(self, path: AttentionPath) -> None:
-        super().__init__()
-        self.path = path
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values ``[batch, heads, tokens, head_dim]``; returns all of the layer's."""
-        key, value = super().update(*self.path.store(key_states, value_states), layer_idx, *args, **kwargs)
-        setattr(key, _STORED, True)
-        return key, value
-
-
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls under the name "lqedu"."""
     path: AttentionPath = module.lqedu_attention
-    if not getattr(key, _STORED, False):
+    query = path.query(query)
+    if key.dtype != torch.uint8:  # floats, from no cache of ours
         key, value = path.store(key, value)
-    return sdpa_attention_forward(module, path.query(query), key, value, attention_mask, **kwargs)
+    else:
+        codes = path.unpack(key, value, query)
+        rounded = path.key is not None or path.value is not None
+        if rounded and query.shape[1] // key.shape[1] * query.shape[2] < query.shape[3]:
+            output = attend_codes(query, *codes, attention_mask, scaling=kwargs.get("scaling"))
+            return output.transpose(1, 2).contiguous(), None
+        key, value = (x.values().to(query.dtype) for x in codes)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def attend_codes(
+    query: Tensor, key: Codes, value: Codes, mask: Tensor | None = None, *, scaling: float | None = None
+) -> Tensor:
+    """Attention on codes: scales and zero points act on tokens, not on their elements.
+
+    With keys ``s_k (c_k - z_k)`` and values ``s_v (c_v - z_v)``, for each query q and probabilities p,
+
+        q · k = s_k (q · c_k - z_k Σ q)            Σ p v = Σ (p s_v) c_v - Σ p s_v z_v
+
+    so a token of a head costs a few operations beside its products with the codes, where dequantizing it costs two for
+    each element. That pays while fewer than ``head_dim`` queries share a key head, as when a text is continued.
+
+    Args:
+        query: ``[batch, heads, tokens, head_dim]``; ``heads`` is a multiple of the heads of ``key`` (grouped queries).
+        key, value: ``[batch, kv_heads, stored tokens, head_dim]``.
+        mask: which tokens a query reads, bool or additive, ``[batch or 1, 1 or heads, tokens, stored tokens]``; ``None`` is
+            causal, the last query beside the last key. A query that may read nothing reads all.
+        scaling: of the scores; ``None`` is ``head_dim ** -0.5``.
+
+    Returns:
+        ``[batch, heads, tokens, head_dim]`` in the dtype of ``query``; computed in float32 or higher.
+    """
+    batch, heads, tokens, size = query.shape
+    kv_heads, stored = key.codes.shape[1:3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key, value = (Codes(*(part if part is None else part.to(dtype) for part in codes)) for codes in (key, value))
+    q = query.to(dtype).reshape(batch, kv_heads, -1, size)  # the queries that share a key head, as rows of one product
+    scores = q @ key.codes.mT
+    if key.zero is not None:
+        scores = scores - q.sum(-1, keepdim=True) * key.zero.mT
+    if key.scale is not None:
+        scores = scores * key.scale.mT
+    scores = scores.view(batch, heads, tokens, stored) * (size**-0.5 if scaling is None else scaling)
+    if mask is None:
+        mask = torch.ones(tokens, stored, dtype=torch.bool, device=q.device).tril(stored - tokens)
+    lowest = torch.finfo(dtype).min  # finite: a query that may read nothing must not become NaN
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    p = scores.softmax(-1).view(batch, kv_heads, -1, stored)
+    p = p if value.scale is None else p * value.scale.mT
+    output = p @ value.codes
+    if value.zero is not None:
+        output = output - p @ value.zero
+    return output.reshape(query.shape).to(query.dtype)
+
+
+def _pack(x: Tensor, grid: KVGrid | None) -> Tensor:
+    return x.contiguous().view(torch.uint8) if grid is None else grid.encode(x)
+
+
+def _unpack(records: Tensor, grid: KVGrid | None, like: Tensor) -> Codes:
+    if grid is not None:
+        return grid.decode(records, like.shape[-1])
+    if records.shape[-1] != like.shape[-1] * like.element_size():
+        raise GridError(
+            f"{like.shape[-1]} floats take {like.shape[-1] * like.element_size()} bytes, got records of "
+            f"{records.shape[-1]}; use a cache that was made for this model"
+        )
+    return Codes(records.view(like.dtype))
 
 
 AttentionInterface.register(NAME, attention)

@@ -8,7 +8,7 @@ value, so one AND (or one shift) is all the decoding there is, and the factor 16
 Per group, ``q r`` must be rounded to int8 before the product. A float16 between 1024 and 2048 has a step of 1, so one
 fused multiply-add, ``q r + 1152``, leaves ``round(q r) + 128`` in the low byte of its bit pattern.
 
-Zhang et al., 2024, arXiv:2406.09904, section 3.3 (reference: HandH1998/QQQ, commit 54c5c99). Derived in chapter
+Zhang et al., 2024, arXiv:2406.09904 (reference: HandH1998/QQQ, commit 54c5c99). Derived in chapter
 ``13-qqq``. Layers run the same integers without these bytes: :class:`lqedu.runtime.QuantLinear` and
 :class:`lqedu.runtime.two_level.TwoLevelLinear`.
 """

@@ -4,7 +4,7 @@
 
 Channels below ``t`` keep their range and their weights; those above are cut down to ``t``. The threshold is tried from
 ``max|x|``, where nothing is smoothed, down to where every channel has the same range; what decides is the squared error
-of the output with weights and activations both rounded. Zhang et al., 2024, arXiv:2406.09904, section 3.2 (after Outlier
+of the output with weights and activations both rounded. Zhang et al., 2024, arXiv:2406.09904 (after Outlier
 Suppression+, Wei et al., 2023, arXiv:2304.09145). Derived in chapter ``13-qqq``.
 """
 

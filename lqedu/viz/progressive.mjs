@@ -56,14 +56,14 @@ function drawLine(root, width, r, protective) {
 /** The 16 codes with what they decode to, two rows of eight; a frame marks what rounding reaches. */
 function drawTable(root, width, r) {
   const wide = (width - 2 * SIDE) / 8;
-  root.append(svg("text", { class: "strong", x: SIDE, y: 13 }, "codes 0 to 15 and what they decode to; framed: reached"));
+  root.append(svg("text", { class: "strong", x: SIDE, y: 13 }, "codes and what they decode to"));
   r.points.forEach((v, q) => {
     const left = SIDE + (q % 8) * wide, top = 22 + Math.floor(q / 8) * 48, bad = v < INT8[0] || v > INT8[1];
     if (q >= r.codes[0] && q <= r.codes[1])
       root.append(svg("rect", { class: bad ? "s-red" : "s-orange", x: left + 2, y: top, width: wide - 4, height: 42 }));
     root.append(
       svg("text", { class: "muted", x: left + wide / 2, y: top + 16, "text-anchor": "middle" }, q),
-      svg("text", { class: bad ? "strong" : "", x: left + wide / 2, y: top + 35, "text-anchor": "middle" }, bad ? `${v} !` : v));
+      svg("text", { class: bad ? "strong" : "", x: left + wide / 2, y: top + 35, "text-anchor": "middle" }, v));
   });
 }
 
@@ -99,7 +99,7 @@ export default {
     });
     const codes = picture({ label: "What each code decodes to", height: 120, draw: (root, width) => drawTable(root, width, result) });
     const live = liveRegion();
-    const key = legend([["blue", "range of the group"], ["orange", "points (filled: reached by rounding)"], ["red", "outside int8"], ["green", "protective range"]]);
+    const key = legend([["blue", "range of the group"], ["orange", "points (filled, framed: reached by rounding)"], ["red", "outside int8"], ["green", "protective range"]]);
     el.append(controls(...Object.values(items)), key, line.node, codes.node, live.node);
     connect(model, items, () => {
       result = compute(inputs());

@@ -76,4 +76,4 @@ def test_the_words_name_the_overflow() -> None:
     with explorer_page(explorer, theme="dark") as page:
         words = page.inner_text("[aria-live]")
     assert "128 is stored as -128" in words and "the group from -113 to 120 gets the scale 16" in words
-    assert progressive_quantize(_weight(-113, 119, 119), ProgressiveGrid(2)).int8()[0, 3] == 120
+    assert progressive_quantize(_weight(-113, 119, 119), ProgressiveGrid(2)).int8()[0, 3] == 105

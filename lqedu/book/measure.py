@@ -27,7 +27,7 @@ from lqedu.evaluation.perplexity import Perplexity
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
 from lqedu.formats.progressive import ProgressiveGrid, progressive_quantize
-from lqedu.methods import AWQ, GPTQ, HQQ, RTN, Method, QoQ, QuaRot, QuIP, SmoothQuant, SpinQuant
+from lqedu.methods import AWQ, GPTQ, HQQ, QQQ, RTN, Method, QoQ, QuaRot, QuIP, SmoothQuant, SpinQuant
 from lqedu.models import weights_sha256
 from lqedu.models.anatomy import linears
 from lqedu.models.copying import copy_sharing_tensors
@@ -329,6 +329,28 @@ def progressive(device: str) -> Measurement:
                 rows.append(bench.named(name, model) | labels | {"activation_bits": 8})
     wrapped = _by_shuffled_columns(bench.model, _wrapped)
     return bench.configuration(), [*rows, bench.named("two levels, code, without protection", wrapped) | {"seed": 0}]
+
+
+def qqq(device: str) -> Measurement:
+    """Chapter 13: QQQ smoothed and rotated, per channel and in groups, each with keys and values of three widths.
+
+    "folded" is GPTQ alone on a model with folded norms: folding takes SmolLM2's weights off their lattice (chapter 03), which
+    is no doing of the rotation that comes with it.
+    """
+    bench = _Bench(device)
+    naive = RTN(bits=4, group_size=None, symmetric=True, activation_bits=8)
+    rows = [bench.row(None), bench.row(replace(naive, bits=8), name="W8A8")]
+    rows.append(bench.row(GPTQ(bits=4, group_size=64), name="W4A16"))
+    for group_size in (None, 64):
+        rows.append(bench.row(replace(naive, group_size=group_size), name="W4A8"))
+        alone = QQQ(group_size=group_size, move="none")
+        rows.append(bench.row(alone, name="KV16"))
+        rows.append(bench.row(alone, model=rotate_model(bench.model), name="folded"))
+        for move in ("smooth", "rotate"):
+            rows += bench.cache_rows(replace(alone, move=move))
+        for move, search in (("smooth", "mse"), ("rotate", "none")):  # the other way round
+            rows.append(bench.row(replace(alone, move=move, search=search), name="ranges"))
+    return bench.configuration(), rows
 
 
 def qoq(device: str) -> Measurement:
@@ -702,6 +724,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "spinquant-clip": spinquant_clip,
     "spinquant-study": spinquant_study,
     "progressive": progressive,
+    "qqq": qqq,
     "qoq": qoq,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,

@@ -1,0 +1,40 @@
+"""A measurement runs from end to end on a tiny model; what it measures is the method's own tests' business."""
+
+import torch
+
+import lqedu
+from lqedu.book import measure
+from tests.models.tiny import tiny_model, tiny_windows
+
+
+class _TinyBench(measure._Bench):
+    """The bench with a random model of one block whose widths hold groups of 64, and three windows of eleven tokens."""
+
+    def __init__(self, device: str) -> None:
+        shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 1}
+        self.model = tiny_model("llama", **shape).requires_grad_(False)
+        self.windows, self.digest, self.batch_size = tiny_windows(), "0" * 64, 4
+        self.dense = lqedu.perplexity(self.model, self.windows, batch_size=self.batch_size)
+
+    def calibration(self, windows: int) -> torch.Tensor:
+        return tiny_windows(seed=2)
+
+
+def test_qqq_has_a_row_for_every_width_behind_the_same_weights(monkeypatch):
+    monkeypatch.setattr(measure, "_Bench", _TinyBench)
+    configuration, rows = measure.MEASUREMENTS["qqq"]("cpu")
+    assert configuration["model"] == "smollm2-135m"
+    found = {
+        (row.get("name"), row["method"], row.get("group_size"), row.get("move"), row.get("search")) for row in rows
+    }
+    for group_size in (None, 64):
+        for move in ("smooth", "rotate"):
+            three = [
+                row for row in rows if (row.get("move"), row.get("group_size")) == (move, group_size)
+                and row["search"] == "auto"
+            ]  # fmt: skip
+            assert [row["kv_bits"] for row in three] == [None, 8, 4]
+            assert len({row["proxy_loss"] for row in three}) == 1 < len({row["nll"] for row in three})
+        assert {("KV16", "qqq", group_size, "none", "auto"), ("folded", "qqq", group_size, "none", "auto")} <= found
+    assert len(rows) == 1 + 2 + 2 * (3 + 2 * 3 + 2)
+    assert all(len(row["samples"]) == 3 for row in rows)

@@ -256,14 +256,19 @@ def spinquant(device: str) -> Measurement:
     rows += [
         bench.row(replace(method, kv_bits=None), **shared) for method in (QuaRot(), replace(learned, steps=0), learned)
     ]
-    return bench.configuration() | {"training_windows": windows, "tokens_per_step": 16 * CALIBRATION["length"]}, rows
+    return _with_windows(bench, windows) | {"tokens_per_step": 16 * CALIBRATION["length"]}, rows
 
 
 def spinquant_clip(device: str) -> Measurement:
     """Chapter 11: QuaRot and SpinQuant once more with ranges clipped to three quarters, on 256 calibration windows."""
     bench = _Bench(device)
     methods = (SpinQuant(windows_per_step=16, activation_clip=0.75), QuaRot(activation_clip=0.75))
-    return bench.configuration(), [bench.row(None)] + [bench.row(m, windows=256, name="W4A4KV4") for m in methods]
+    rows = [bench.row(None)] + [bench.row(method, windows=256, name="W4A4KV4") for method in methods]
+    return _with_windows(bench, 256), rows
+
+
+def _with_windows(bench: "_Bench", windows: int) -> dict[str, Any]:
+    return bench.configuration() | {"calibration": CALIBRATION | {"windows": windows}}
 
 
 def spinquant_study(device: str) -> Measurement:
@@ -387,6 +392,54 @@ def qoq(device: str) -> Measurement:
     return bench.configuration(), rows
 
 
+def kv_cache(device: str) -> Measurement:
+    """Chapter 15: keys and values in few bits behind dense weights, what helps the keys, and how often the arg-max stays.
+
+    The arg-max is teacher-forced: at every position of 32 prompts both models read the same text. Keys before RoPE, by
+    channel and centred are simulated where attention reads them; groups by channel are 64 tokens.
+    """
+    from lqedu.formats.kv import KVInt
+    from lqedu.runtime import quantize_kv
+
+    bench = _Bench(device)
+    dense, integer = bench.model, KVInt(4, zero_point="integer")
+    prompts = bench.windows.flatten()[: 32 * 256].view(-1, 256)
+    wanted = _arg_max(dense, prompts)
+    smoothed, centred = _smoothed(dense, bench.calibration(8), (0.25, 0.5, 0.75, 1.0, None))
+    cases: dict[str, Callable[[], nn.Module]] = {
+        "KV16": lambda: quantize_kv(dense, 16),
+        "KV8": lambda: quantize_kv(dense, 8),
+        "FP8": lambda: quantize_kv(dense, "fp8"),
+        "KV4": lambda: quantize_kv(dense, 4),
+        "keys 4 bits": lambda: quantize_kv(dense, 4, 16),
+        "values 4 bits": lambda: quantize_kv(dense, 16, 4),
+        "keys 8 bits, values 4": lambda: quantize_kv(dense, 8, 4),
+        "keys 4 bits, values 8": lambda: quantize_kv(dense, 4, 8),
+        "KV4, integer zero point": lambda: quantize_kv(dense, integer),
+        "KV4, Hadamard": lambda: quantize_kv(dense, 4, hadamard=True),
+        "KV4, Hadamard, integer zero point": lambda: quantize_kv(dense, integer, hadamard=True),
+        "KV3": lambda: quantize_kv(dense, 3),
+        "KV3, Hadamard": lambda: quantize_kv(dense, 3, hadamard=True),
+    }
+    for alpha, model in smoothed.items():
+        name = "SmoothAttention searched" if alpha is None else f"SmoothAttention {alpha}"
+        cases[f"KV4, {name}"] = lambda model=model: quantize_kv(model, 4)
+    cases |= {
+        "KV4, SmoothAttention 0.5, Hadamard": lambda: quantize_kv(smoothed[0.5], 4, hadamard=True),
+        "KV4, centred": lambda: _stored(dense, lambda key, index: key - centred[index]),
+        "KV4, keys before RoPE": lambda: _before_rope(dense, KVInt(4).round_trip),
+        "KV4, keys by channel": lambda: _stored(dense, lambda key, index: key, _by_channel),
+        "KV4, keys by channel before RoPE": lambda: _before_rope(dense, _by_channel),
+    }
+    rows = [bench.row(None)]
+    for name, make in cases.items():
+        model = make()
+        same = float((_arg_max(model, prompts) == wanted).double().mean())
+        rows.append(bench.named(name, model) | {"same_arg_max": same})
+        print(f"  same arg-max: {same:.4f}", flush=True)
+    return bench.configuration() | {"prompts": {"count": 32, "length": 256}, "calibration_windows": 8}, rows
+
+
 def _rounded(w: torch.Tensor, grid: IntGrid | ProgressiveGrid) -> torch.Tensor:
     """What a grid makes of a weight, rounded to nearest."""
     stored = progressive_quantize(w, grid) if isinstance(grid, ProgressiveGrid) else nearest(w, grid)[0]
@@ -400,6 +453,92 @@ def _wrapped(w: torch.Tensor) -> torch.Tensor:
     codes = grid.encode(w, channel, group, zero).view(*group.shape, -1).to(torch.int32)
     w8 = (codes - zero.to(torch.int32)[..., None]) * group.to(torch.int32)[..., None]
     return w8.to(torch.int8).view(w.shape).to(w.dtype) * channel.to(w.dtype)
+
+
+def _arg_max(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The likeliest next token at every position, ``[windows, length]``."""
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        return torch.cat([model(w.to(device), use_cache=False).logits.argmax(-1) for w in windows.split(4)])
+
+
+def _smoothed(
+    model: nn.Module, windows: torch.Tensor, alphas: tuple[float | None, ...]
+) -> tuple[dict[float | None, nn.Module], list[torch.Tensor]]:
+    """Copies with smoothed keys, one an exponent (``None``: searched), and the mean key of each channel of each block."""
+    from lqedu.calibration.capture import block_inputs, run_block
+    from lqedu.formats.kv import KVInt
+    from lqedu.models.anatomy import block_list
+    from lqedu.transforms.smooth_attention import (
+        Heads,
+        attention_heads,
+        attention_scales,
+        fold_attention,
+        search_attention,
+    )
+
+    copies = {alpha: copy_sharing_tensors(model) for alpha in alphas}
+    means = []
+    hidden, kwargs = block_inputs(model, windows)
+    for index, block in enumerate(block_list(model)):
+        heads = attention_heads(block, hidden, kwargs)
+        means.append(heads.key.mean((0, 2))[:, None])
+        few = Heads(heads.query[:2], heads.key[:2], heads.value[:2])
+        for alpha, copy in copies.items():
+            scale = search_attention(few, KVInt(4)).scale if alpha is None else attention_scales(heads.key_max(), alpha)
+            fold_attention(block_list(copy)[index], scale)
+        hidden = run_block(block, hidden, kwargs)
+    return copies, means
+
+
+def _by_channel(key: torch.Tensor) -> torch.Tensor:
+    """Keys ``[windows, heads, tokens, head_dim]`` at 4 bits, a scale for each channel of 64 tokens."""
+    from lqedu.formats.kv import KVInt
+
+    return KVInt(4).round_trip(key.unflatten(2, (-1, 64)).mT).mT.flatten(2, 3)
+
+
+def _stored(
+    model: nn.Module,
+    moved: Callable[[torch.Tensor, int], torch.Tensor],
+    rounded: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> nn.Module:
+    """A copy that attends to keys ``rounded(moved(key, block))`` behind RoPE, and to values of 4 bits."""
+    from lqedu.formats.kv import KVInt
+    from lqedu.models.anatomy import block_list
+    from lqedu.runtime import quantize_kv
+
+    class Path:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def query(self, query: torch.Tensor) -> torch.Tensor:
+            return query
+
+        def store(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            grid = KVInt(4)
+            return (rounded or grid.round_trip)(moved(key, self.index)), grid.round_trip(value)
+
+    result = quantize_kv(model, 16)
+    for index, block in enumerate(block_list(result)):
+        block.self_attn.lqedu_attention = Path(index)
+    return result
+
+
+def _before_rope(model: nn.Module, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy whose keys are rounded where ``k_proj`` puts them out, and its values at 4 bits."""
+    from lqedu.models.anatomy import block_list
+    from lqedu.runtime import quantize_kv
+
+    def hook(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+        heads = output.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        return rounded(heads).transpose(1, 2).flatten(2)
+
+    result = quantize_kv(model, 16, 4)
+    head_dim = block_list(result)[0].self_attn.head_dim
+    for block in block_list(result):
+        block.self_attn.k_proj.register_forward_hook(hook)
+    return result
 
 
 def _round_following(x: torch.Tensor, grid: ActivationGrid | None) -> torch.Tensor:
@@ -638,9 +777,7 @@ def _exchanged(model: nn.Module, other: nn.Module, last_name: str) -> Iterator[N
             model.set_submodule(name, layer)
 
 
-def _by_shuffled_columns(
-    model: nn.Module, decoded: Callable[[torch.Tensor], torch.Tensor], seed: int = 0
-) -> nn.Module:
+def _by_shuffled_columns(model: nn.Module, decoded: Callable[[torch.Tensor], torch.Tensor], seed: int = 0) -> nn.Module:
     """A dense copy with what ``decoded`` makes of each weight when its groups are random columns, not neighbours.
 
     SmolLM2's weights lie on a lattice of 32 neighbours (chapter 03), which random groups do not see.
@@ -726,6 +863,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "progressive": progressive,
     "qqq": qqq,
     "qoq": qoq,
+    "kv-cache": kv_cache,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

@@ -104,8 +104,8 @@ class KVInt(KVGrid):
 
     >>> grid = KVInt(bits=4)
     >>> x = torch.tensor([[-1.0, 0.5, 2.0, 0.0]])
-    >>> grid.quantize(x).codes
-    tensor([[ 0.,  8., 15.,  5.]])
+    >>> grid.quantize(x).codes.int()
+    tensor([[ 0,  8, 15,  5]], dtype=torch.int32)
     >>> grid.encode(x).shape, grid.record_bytes(4)     # 2 bytes of codes, 2 of scale, 2 of zero point
     (torch.Size([1, 6]), 6)
 
@@ -137,7 +137,7 @@ class KVInt(KVGrid):
         x, top = x.to(torch.float32), (1 << self.bits) - 1
         lo, hi = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
         scale = _half(self.clip_ratio * (hi - lo) / top)
-        zero = (-self.clip_ratio * lo / scale).clamp_(0, top)
+        zero = (self.clip_ratio * lo.abs() / scale).clamp_(max=top)
         zero = torch.round(zero) if self.zero_point == "integer" else zero.to(torch.float16).to(torch.float32)
         return Codes(torch.round(x / scale + zero).clamp_(0, top), scale, zero)
 

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from lqedu.calibration.capture import block_inputs, run_block
 from lqedu.checkpoint.unfinished import Block, Layer, UnfinishedRun
-from lqedu.errors import CalibrationError, LqeduError, NotPositiveDefiniteError, UsageError
+from lqedu.errors import CalibrationError, GridError, LqeduError, NotPositiveDefiniteError, UsageError
 from lqedu.formats.integer import check_weight
+from lqedu.linalg.hadamard import hadamard_block
 from lqedu.linalg.hessian import HessianAccumulator
 from lqedu.methods.base import Method
 from lqedu.models.anatomy import Stage, block_list, describe, linears
@@ -28,6 +29,7 @@ from lqedu.rounding import RoundingReport
 from lqedu.runtime.inputs import input_path
 from lqedu.runtime.kinds import layer_of
 from lqedu.runtime.linear import quantized_linears
+from lqedu.transforms.rotation import head_dim
 
 MAX_ATTEMPTS = 3  # the damping asked for, and twice ten times more
 
@@ -117,6 +119,8 @@ def auto_group_size(model: nn.Module) -> int:
 
 def check_request(model: nn.Module, method: Method, calibration: Tensor | None) -> None:
     """Refuse, before any work, what would fail later: see :func:`quantize` for the errors."""
+    if not isinstance(method, Method):
+        raise UsageError(f"method is an instance such as lqedu.methods.GPTQ(bits=4), got {method!r}")
     if quantized_linears(model):
         raise UsageError("the model is already quantized; start from the dense one")
     if method.uses_calibration:
@@ -125,6 +129,14 @@ def check_request(model: nn.Module, method: Method, calibration: Tensor | None) 
         with _context(name, linear.weight, method):
             check_weight(linear.weight)
             method.check_shape(tuple(linear.weight.shape))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise GridError(f"{name} {list(parameter.shape)} holds NaN or infinite values")
+    path = method.attention_path()
+    if path is not None and path.hadamard and hadamard_block(size := head_dim(model)) != size:
+        raise UsageError(
+            f"{method.title} transforms keys over each head, and no Hadamard matrix of order {size} is known; use kv_bits=None"
+        )
 
 
 def _check_windows(model: nn.Module, calibration: Tensor | None, method: Method) -> None:

@@ -47,6 +47,7 @@ class SpinQuant(Rotated):
         learning_rate: of the first step; each step obeys the bound of :func:`lqedu.transforms.cayley.step_size` too.
         windows_per_step: calibration windows of a step, drawn without repetition until all were used. (The paper's steps
             hold 8 windows of 2,048 tokens.)
+        activation: as in :class:`QuaRot`; with "static" the training itself rounds on the range of the text at hand.
         online: transform the input of ``down_proj``, and q and k of every head, while the model runs ("had"); without
             it only the learned rotations remain, which cost nothing ("no had").
     """
@@ -72,6 +73,8 @@ class SpinQuant(Rotated):
         check_count("steps", self.steps)
         check_number("learning_rate", self.learning_rate, above=0)
         check_count("windows_per_step", self.windows_per_step, least=1)
+        if self.activation_bits is None and self.kv_bits is None:
+            raise UsageError("rotations are learned for rounded activations; set activation_bits or kv_bits")
 
     def activation_grid(self) -> ActivationGrid | None:
         """Asymmetric."""
@@ -133,13 +136,12 @@ def learn_rotations(model: nn.Module, windows: Tensor, method: SpinQuant, *, pro
 
     Raises:
         UnsupportedModelError: a model that no rotation passes.
-        CalibrationError: fewer windows than a step takes, or a loss that is not finite.
-        UsageError: a method that rounds neither activations nor keys and values: every rotation is as good as another.
+        CalibrationError: fewer windows than a step takes, windows of one token, or a loss that is not finite.
     """
-    if method.activation_bits is None and method.kv_bits is None:
-        raise UsageError("rotations are learned for rounded activations; set activation_bits or kv_bits")
     if len(windows) < method.windows_per_step:
         raise CalibrationError(f"a step takes {method.windows_per_step} windows, calibration has {len(windows)}")
+    if windows.shape[1] < 2:
+        raise CalibrationError("a window of one token has no next token to predict; use longer windows")
     dense = _frozen(rotate_model(model))  # norms folded, nothing rotated
     device = dense.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(method.seed)
@@ -151,7 +153,8 @@ def learn_rotations(model: nn.Module, windows: Tensor, method: SpinQuant, *, pro
             batch = list(itertools.islice(order, method.windows_per_step))
             loss, gradients = _loss_and_gradients(dense, rotations, windows[batch].to(device))
             if not math.isfinite(loss):
-                raise CalibrationError(f"the loss of step {step} is not finite; use a lower learning_rate")
+                remedy = "use a lower learning_rate" if step else "no step was taken: look at the model and its dtype"
+                raise CalibrationError(f"the loss of step {step} is not finite; {remedy}")
             rate = method.learning_rate * (1 + math.cos(math.pi * step / method.steps)) / 2
             with torch.no_grad():
                 for rotation, gradient in zip(rotations, gradients, strict=True):
@@ -215,8 +218,10 @@ def round_through(x: Tensor, grid: ActivationGrid | None) -> Tensor:
 
 def _there_and_back(x: Tensor, rotation: Tensor, grid: ActivationGrid | None) -> Tensor:
     """``Q(x R) R^T``, for each run of ``len(R)`` features; the grid sees all of them at once."""
-    turned = (x.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
-    return (round_through(turned, grid).unflatten(-1, (-1, len(rotation))) @ rotation.T).flatten(-2)
+    dtype = torch.promote_types(x.dtype, rotation.dtype)  # 16-bit models turn in float32
+    r = rotation.to(dtype)
+    turned = (x.to(dtype).unflatten(-1, (-1, len(r))) @ r).flatten(-2)
+    return (round_through(turned, grid).unflatten(-1, (-1, len(r))) @ r.T).flatten(-2).to(x.dtype)
 
 
 class _TrainedPath:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lqedu.errors import UsageError
+from lqedu.options import check_count
 
 ITERATIONS = 5
 
@@ -67,7 +68,7 @@ def cayley_step(rotation: Tensor, gradient: Tensor, learning_rate: float, *, ite
     hundred steps, at random.)
 
     Args:
-        rotation: orthogonal ``R`` ``[n, n]``, float32 or float64.
+        rotation: orthogonal ``R`` ``[n, n]``, float32 or float64; not checked, see :func:`lqedu.transforms.rotation.rotate_model`.
         gradient: ``∂L/∂R`` of the same shape and dtype.
         learning_rate: upper bound of the step, see :func:`step_size`.
         iterations: of the fixed point.
@@ -76,8 +77,12 @@ def cayley_step(rotation: Tensor, gradient: Tensor, learning_rate: float, *, ite
         The next rotation, ``[n, n]``.
 
     Raises:
-        UsageError: shapes or dtypes that do not match, or a gradient that is not finite.
+        UsageError: shapes or dtypes that do not match, a gradient that is not finite, or a learning rate that is not
+            positive (infinity leaves the bound alone).
     """
+    if not isinstance(learning_rate, int | float) or not learning_rate > 0:
+        raise UsageError(f"learning_rate is a positive number, got {learning_rate!r}")
+    check_count("iterations", iterations)
     if rotation.dim() != 2 or rotation.shape[0] != rotation.shape[1] or rotation.shape != gradient.shape:
         raise UsageError(f"rotation and gradient are [n, n], got {list(rotation.shape)} and {list(gradient.shape)}")
     if rotation.dtype not in (torch.float32, torch.float64) or rotation.dtype != gradient.dtype:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lqedu.errors import CalibrationError, UsageError
+from lqedu.errors import CalibrationError, GridError, UsageError
 from lqedu.options import check_number
 
 _SMALLEST = 1e-5  # of a weight's range and of a scale, as in the reference
@@ -34,6 +34,7 @@ def smoothing_scales(activation_max: Tensor, weight_max: Tensor, alpha: float = 
     Raises:
         UsageError: shapes that differ, or α outside 0 to 1.
         CalibrationError: activations that are not finite.
+        GridError: weights that are not finite.
 
     >>> smoothing_scales(torch.tensor([16.0, 1.0]), torch.tensor([1.0, 0.25]))
     tensor([4., 2.])
@@ -45,6 +46,10 @@ def smoothing_scales(activation_max: Tensor, weight_max: Tensor, alpha: float = 
     check_number("alpha", alpha, least=0, most=1)
     if not bool(torch.isfinite(activation_max).all()):
         raise CalibrationError("the calibration activations hold NaN or infinite values")
+    if not bool(torch.isfinite(weight_max).all()):
+        raise GridError("the weights hold NaN or infinite values")
+    if bool((activation_max < 0).any() | (weight_max < 0).any()):
+        raise UsageError("activation_max and weight_max are largest magnitudes, and one of them is negative")
     x, w = activation_max.float(), weight_max.float().clamp(min=_SMALLEST)
     scale = (x.pow(alpha) / w.pow(1 - alpha)).clamp(min=_SMALLEST)
     return torch.where(x > 0, scale, torch.ones_like(scale))

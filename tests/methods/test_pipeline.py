@@ -157,6 +157,13 @@ def test_requests_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(GridError, match=r"model.layers.1.mlp.up_proj \[96, 64\], RTN: .*1 NaN"):
         quantize(broken, RTN(group_size=32), resume_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    broken = tiny_model()
+    broken.model.norm.weight[0] = torch.inf
+    with pytest.raises(GridError, match=r"model.norm.weight \[64\] holds NaN or infinite"):
+        quantize(broken, RTN(group_size=32))
+    for no_method in ("gptq", GPTQ):
+        with pytest.raises(UsageError, match="method is an instance"):
+            quantize(model, no_method)
 
 
 def test_resumes_to_the_same_bits_and_refuses_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

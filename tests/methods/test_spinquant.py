@@ -94,6 +94,15 @@ def test_the_loss_of_rotations_is_the_one_that_training_saw():
     assert float(losses.mean()) == pytest.approx(seen, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_every_dtype_can_be_trained(dtype):
+    model, windows = tiny_model("llama").to(dtype), tiny_windows()
+    found = learn_rotations(model, windows, _method(steps=1))
+    assert found.residual.dtype == torch.float32 and found.losses[0] > 0
+    quantized = lqedu.quantize(model, _method(steps=1), windows)
+    assert quantized(windows[:1]).logits.dtype == dtype
+
+
 def test_it_is_reproducible_and_the_seed_matters():
     model, windows = tiny_model("llama"), tiny_windows(6)
     a, b, c = (learn_rotations(model, windows, _method(seed=s)) for s in (0, 0, 1))
@@ -163,8 +172,12 @@ def test_refusals():
     model, windows = tiny_model("llama"), tiny_windows(1)
     with pytest.raises(CalibrationError, match="2 windows"):
         learn_rotations(model, windows, _method())
+    with pytest.raises(CalibrationError, match="next token"):
+        learn_rotations(model, tiny_windows(3, 1), _method())
     with pytest.raises(UsageError, match="activation_bits or kv_bits"):
-        learn_rotations(model, windows, _method(activation_bits=None, kv_bits=None))
+        _method(activation_bits=None, kv_bits=None)
+    with pytest.raises(UsageError, match="order 6 is known; use kv_bits=None"):
+        lqedu.quantize(tiny_model("llama", head_dim=6), _method(), tiny_windows())
     with pytest.raises(UnsupportedModelError, match="opt"):
         lqedu.quantize(tiny_model("opt"), _method(), tiny_windows())
     for options in ({"steps": -1}, {"learning_rate": 0}, {"windows_per_step": 0}):

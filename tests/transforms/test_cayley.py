@@ -108,3 +108,8 @@ def test_bad_arguments():
         cayley_step(r, r.float(), 0.1)
     with pytest.raises(UsageError, match="NaN"):
         cayley_step(r, r * float("nan"), 0.1)
+    for rate in (0, -1.0, float("nan"), "1"):
+        with pytest.raises(UsageError, match="learning_rate"):
+            cayley_step(r, r, rate)
+    with pytest.raises(UsageError, match="iterations"):
+        cayley_step(r, r, 0.1, iterations=-1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lqedu.errors import CalibrationError, UsageError
+from lqedu.errors import CalibrationError, GridError, UsageError
 from lqedu.transforms.smoothing import channel_max, smoothing_scales
 
 
@@ -53,6 +53,9 @@ def test_channel_max_is_over_rows_and_linears():
         (torch.ones(3), torch.ones(3), 1.5, UsageError, "alpha"),
         (torch.tensor([1.0, torch.inf]), torch.ones(2), 0.5, CalibrationError, "NaN or infinite"),
         (torch.tensor([1.0, torch.nan]), torch.ones(2), 0.5, CalibrationError, "NaN or infinite"),
+        (torch.ones(2), torch.tensor([1.0, torch.inf]), 0.5, GridError, "NaN or infinite"),
+        (torch.tensor([1.0, -1.0]), torch.ones(2), 0.5, UsageError, "negative"),
+        (torch.ones(2), torch.tensor([1.0, -1.0]), 0.5, UsageError, "negative"),
     ],
 )
 def test_refusals(x, w, alpha, error, match):

@@ -1,14 +1,18 @@
 """Every gate of ``make check`` lets a good chapter through, and stops one in which a single thing is wrong."""
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_output
+from PIL import Image, ImageChops
 
-from tests.notebooks.clean import clean
+from tests.notebooks.clean import clean, with_palette
 from tests.site.check import BOOK_GATES, CHAPTER_GATES, ROOT, Book, Chapter, check_book, check_chapter
 from tests.site.example import SENTENCE, good_chapter
 
@@ -200,6 +204,12 @@ def test_the_setup_chapter_may_be_shorter(tmp_path: Path) -> None:
     assert any("is missing" in problem for problem in _problems(notebook, tmp_path))
 
 
+def _png(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def test_cleaning_removes_what_the_gates_refuse(tmp_path: Path) -> None:
     notebook = good_chapter()
     for case in ("metadata kernel", "metadata notebook", "metadata cell"):
@@ -207,7 +217,9 @@ def test_cleaning_removes_what_the_gates_refuse(tmp_path: Path) -> None:
     assert _problems(notebook, tmp_path)
     assert _problems(clean(notebook), tmp_path) == []
     sized = new_output(
-        "display_data", {"image/png": ""}, metadata={"image/png": {"width": 640}, "needs_background": "light"}
+        "display_data",
+        {"image/png": _png(Image.new("RGBA", (4, 4)))},
+        metadata={"image/png": {"width": 640}, "needs_background": "light"},
     )
     notebook.cells[-1] = new_code_cell("1", outputs=[sized])
     assert clean(notebook).cells[-1].outputs[0].metadata == {"image/png": {"width": 640}}
@@ -341,3 +353,14 @@ def test_committed_results_keep_the_schema() -> None:
     for path in sorted((ROOT / "book/results").glob("*.json")):
         if path.name != "schema.json":
             jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), schema)
+
+
+def test_figures_are_kept_in_few_colours_and_stay_as_they_look():
+    noise = np.random.default_rng(0).integers(0, 200, (120, 300), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert("RGBA")
+    before = _png(picture)
+    after = with_palette(before)
+    seen = Image.open(io.BytesIO(base64.b64decode(after))).convert("RGB")
+    assert len(after) < len(before) and seen.size == picture.size
+    assert max(high for _, high in ImageChops.difference(seen, picture.convert("RGB")).getextrema()) <= 2
+    assert with_palette(after) == after

@@ -1,7 +1,7 @@
 """Requantized groups: a 4-bit weight in groups, rounded a second time to int8 with one scale a row.
 
     w ≈ s_g · q,  q in [-8, 7]          the groups, as any 4-bit grid leaves them: ŵ
-    w8 = round(q · r),  r = s_g / s_c   int8, r in float16;   s_c = max_row |ŵ| / 127
+    w8 = round(q · r),  r = s_g / s_c   int8, r in float16;   s_c = max_row abs(ŵ) / 127
 
 A kernel computes ``w8`` while it loads the codes, multiplies int8 by int8 across all groups of a row, and applies ``s_c``
 once at the end. Nothing compensates the second rounding. It is safe because ``s_c`` comes from the *dequantized* weight:

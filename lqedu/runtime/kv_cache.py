@@ -5,7 +5,7 @@
     model.generate(**prompt, past_key_values=cache)
 
 A model that a method quantized with ``kv_bits`` says so already. A layer's keys are one tensor of bytes, a record for each
-token of each head (:mod:`lqedu.formats.kv`), and so are its values. Cutting, repeating, choosing and reordering them, and the masks
+token of each head (``lqedu.formats.kv``), and so are its values. Cutting, repeating, choosing and reordering them, and the masks
 that go with a cache, are those of transformers.
 """
 
@@ -29,7 +29,7 @@ def quantize_kv(
 
     Args:
         model: dense, or quantized by any method; not changed.
-        key: 2 to 8 (bits of integer codes), "fp8" (E4M3), 16 (as they come), or a grid of :mod:`lqedu.formats.kv`.
+        key: 2 to 8 (bits of integer codes), "fp8" (E4M3), 16 (as they come), or a grid of ``lqedu.formats.kv``.
         value: the same for values; ``None`` is what ``key`` says.
         hadamard: transform queries and keys over each head, after RoPE, so that no channel of a key sticks out.
 

@@ -1,7 +1,7 @@
 """Four weights in a 32-bit register: how a kernel turns 4-bit codes into int8, one instruction for four of them.
 
 No instruction multiplies four bytes by a fifth. A kernel that decodes ``w8 = q s_g - offset``
-(:mod:`lqedu.formats.progressive`) lets an ordinary 32-bit multiplication do it: codes stand in the bytes of a register, and
+(``lqedu.formats.progressive``) lets an ordinary 32-bit multiplication do it: codes stand in the bytes of a register, and
 a product that stays below 256 never reaches its neighbour. The subtraction then needs an addition *without* carries
 between bytes, and every byte is right modulo 256: as int8 it is right if the decoded value fits int8, which the protective
 range sees to.

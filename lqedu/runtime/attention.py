@@ -44,7 +44,7 @@ class AttentionPath:
 
     def __post_init__(self) -> None:
         for grid in (self.key, self.value):
-            if not isinstance(grid, KVGrid | None) and getattr(grid, "granularity", "") != "token":
+            if not isinstance(grid, KVGrid | None):
                 raise GridError(f"keys and values need a scale for each token, as in lqedu.formats.kv, got {grid!r}")
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

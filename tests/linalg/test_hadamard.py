@@ -93,6 +93,14 @@ def test_a_large_input_is_transformed_in_parts(inverse):
     assert int((gradient != 0).any(-1).sum()) == 1 and bool((gradient[0, 3] != 0).all())
 
 
+def test_a_single_vector_may_be_longer_than_a_part():
+    n = 1 << 19
+    assert n > _CACHED
+    spike = torch.zeros(2, n)
+    spike[:, 7] = 1.0
+    assert torch.allclose(fast_hadamard(spike).abs(), torch.full((2, n), n**-0.5))
+
+
 @pytest.mark.parametrize("n", MODELS)
 def test_lengths_are_kept_at_the_widths_of_real_models(n):
     x = torch.randn(2, n, generator=torch.Generator().manual_seed(0))

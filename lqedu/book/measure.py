@@ -26,6 +26,7 @@ from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
+from lqedu.formats.kv import KVInt
 from lqedu.formats.progressive import ProgressiveGrid, progressive_quantize
 from lqedu.methods import AWQ, GPTQ, HQQ, QQQ, RTN, Method, QoQ, QuaRot, QuIP, SmoothQuant, SpinQuant
 from lqedu.models import weights_sha256
@@ -282,30 +283,25 @@ def _with_windows(bench: "_Bench", windows: int) -> dict[str, Any]:
 
 def spinquant_study(device: str) -> Measurement:
     """Chapter 11: the published gradient, one that follows the scale, and a larger step, on 32 windows held out."""
-    from lqedu.methods import spinquant as module
+    from lqedu.methods.spinquant import learn_rotations, rotated_loss
 
     model, tokenizer = lqedu.load_model("smollm2-135m", device=device)
     text = lqedu.load_corpus(CALIBRATION["corpus"], split="calibration")
     windows = lqedu.token_windows(tokenizer, text, length=CALIBRATION["length"], count=288, seed=CALIBRATION["seed"])
     training, held_out = windows[:256], windows[256:]
-    through = module.round_through
     base = SpinQuant(windows_per_step=16)
     cases = [
-        ("start", through, replace(base, steps=0)),
-        ("straight through", through, base),
+        ("start", None, replace(base, steps=0)),
+        ("straight through", None, base),
         ("follows the scale", _round_following, base),
-        ("straight through", through, replace(base, learning_rate=10 * base.learning_rate)),
+        ("straight through", None, replace(base, learning_rate=10 * base.learning_rate)),
     ]
     rows: list[dict[str, Any]] = []
     for name, rounded, method in cases:
-        module.round_through = rounded
-        try:
-            began = time.perf_counter()
-            found = module.learn_rotations(model, training, method)
-            seconds = time.perf_counter() - began
-        finally:
-            module.round_through = through
-        losses = module.rotated_loss(model, held_out, found, method)
+        began = time.perf_counter()
+        found = learn_rotations(model, training, method, rounded=rounded)
+        seconds = time.perf_counter() - began
+        losses = rotated_loss(model, held_out, found, method)
         moved = losses - torch.tensor(rows[0]["samples"] if rows else losses.tolist())
         row = {"name": name, **method.options(), "nll": float(losses.mean()), "delta_nll": float(moved.mean())}
         row |= {
@@ -408,7 +404,6 @@ def kv_cache(device: str) -> Measurement:
     channel (64 tokens share a scale) and centred are simulated where attention reads them. Smoothing and centring are
     fitted to 8 windows, the search over exponents to one of them.
     """
-    from lqedu.formats.kv import KVInt
     from lqedu.runtime import quantize_kv
 
     bench = _Bench(device)
@@ -478,7 +473,6 @@ def _smoothed(
 ) -> tuple[dict[float | None, nn.Module], list[torch.Tensor]]:
     """Copies with smoothed keys, one an exponent (``None``: searched), and the mean key of each channel of each block."""
     from lqedu.calibration.capture import block_inputs, run_block
-    from lqedu.formats.kv import KVInt
     from lqedu.models.anatomy import block_list
     from lqedu.transforms.smooth_attention import (
         Heads,
@@ -504,8 +498,6 @@ def _smoothed(
 
 def _by_channel(key: torch.Tensor) -> torch.Tensor:
     """Keys ``[windows, heads, tokens, head_dim]`` at 4 bits, a scale for each channel of 64 tokens."""
-    from lqedu.formats.kv import KVInt
-
     return KVInt(4).round_trip(key.unflatten(2, (-1, 64)).mT).mT.flatten(2, 3)
 
 
@@ -518,7 +510,6 @@ def _reading(
 ) -> nn.Module:
     """A copy that attends to keys ``rounded(moved(key, block))`` behind RoPE, in a Hadamard basis or not, and to values
     of 4 bits; keys on the grid of a token unless ``rounded`` says otherwise."""
-    from lqedu.formats.kv import KVInt
     from lqedu.linalg.hadamard import fast_hadamard
     from lqedu.models.anatomy import block_list
     from lqedu.runtime import quantize_kv
@@ -557,14 +548,17 @@ def _before_rope(model: nn.Module, rounded: Callable[[torch.Tensor], torch.Tenso
     return result
 
 
-def _round_following(x: torch.Tensor, grid: ActivationGrid | None) -> torch.Tensor:
-    """Rounded activations whose gradient knows that the scale follows the ends of the range."""
+def _round_following(x: torch.Tensor, grid: ActivationGrid | KVInt | None) -> torch.Tensor:
+    """Rounded activations, keys or values whose gradient knows that the scale follows the ends of the range."""
     if grid is None:
         return x
-    scale, zero = grid.scale_and_zero(*grid.extremes(x))
+    if isinstance(grid, ActivationGrid):
+        (scale, zero), least, most = grid.fit(x), grid.code_min, grid.code_max
+    else:
+        (_, scale, zero), least, most = grid.quantize(x), 0, (1 << grid.bits) - 1
     zero = torch.zeros_like(scale) if zero is None else zero.detach()
-    u = torch.minimum(torch.maximum(x / scale, grid.code_min - zero), grid.code_max - zero)
-    return scale * (u + (torch.round(u) - u).detach())
+    u = torch.minimum(torch.maximum(x / scale, least - zero), most - zero)
+    return scale * (u + (grid.round_trip(x) / scale - u).detach())
 
 
 def hqq_layer(device: str) -> Measurement:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from lqedu.errors import CalibrationError, UsageError
 from lqedu.formats.activation import ActivationGrid
+from lqedu.formats.kv import KVGrid
 from lqedu.linalg.hadamard import fast_hadamard, hadamard_block
 from lqedu.methods.base import Answers, kv_path
 from lqedu.methods.quarot import Rotated, block_notes, full_width, hadamard_rotation, transform_input
@@ -32,6 +33,9 @@ from lqedu.transforms.rotation import head_dim, rotate_model
 
 if TYPE_CHECKING:
     from lqedu.runtime.attention import AttentionPath
+
+Grid = ActivationGrid | KVGrid
+Rounding = Callable[[Tensor, Grid | None], Tensor]  # values on a grid, with the gradient of one's choice
 
 _TOKENS_A_PASS = {"cpu": 2048, "cuda": 8192}  # of one forward and backward pass; a step adds up as many as it needs
 
@@ -125,13 +129,16 @@ class Rotations:
     losses: tuple[float, ...]
 
 
-def learn_rotations(model: nn.Module, windows: Tensor, method: SpinQuant, *, progress: bool = False) -> Rotations:
+def learn_rotations(
+    model: nn.Module, windows: Tensor, method: SpinQuant, *, rounded: Rounding | None = None, progress: bool = False
+) -> Rotations:
     """Cayley descent on the cross entropy of the model with rounded activations, keys and values; weights stay dense.
 
     Args:
         model: a dense Llama-like causal language model. Not changed.
         windows: token ids, int64 ``[n, length]``.
         method: the grids, and how to train. Random signs of the first rotations and the order of windows come from its seed.
+        rounded: another estimator of gradients in place of :func:`round_through`, with the same values.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -148,7 +155,7 @@ def learn_rotations(model: nn.Module, windows: Tensor, method: SpinQuant, *, pro
     sizes = [dense.get_input_embeddings().embedding_dim] + [head_dim(dense)] * len(block_list(dense))
     rotations = [hadamard_rotation(n, generator).to(device, torch.float32).requires_grad_() for n in sizes]
     order, losses = _endless(len(windows), generator), []
-    with _rounded(dense, rotations, method):
+    with _rounded(dense, rotations, method, rounded or round_through):
         for step in tqdm(range(method.steps), desc="rotations", unit="step", disable=not progress):
             batch = list(itertools.islice(order, method.windows_per_step))
             loss, gradients = _loss_and_gradients(dense, rotations, windows[batch].to(device))
@@ -211,32 +218,36 @@ def _loss_and_gradients(model: nn.Module, rotations: list[Tensor], ids: Tensor) 
     return total, gradients
 
 
-def round_through(x: Tensor, grid: ActivationGrid | None) -> Tensor:
+def round_through(x: Tensor, grid: Grid | None) -> Tensor:
     """The rounded values of ``x``, with the gradient of ``x`` itself (the straight-through estimator)."""
     return x if grid is None else x + (grid.round_trip(x.detach()) - x.detach())
 
 
-def _there_and_back(x: Tensor, rotation: Tensor, grid: ActivationGrid | None) -> Tensor:
+def _there_and_back(x: Tensor, rotation: Tensor, grid: Grid | None, rounded: Rounding) -> Tensor:
     """``Q(x R) R^T``, for each run of ``len(R)`` features; the grid sees all of them at once."""
     dtype = torch.promote_types(x.dtype, rotation.dtype)  # 16-bit models turn in float32
     r = rotation.to(dtype)
     turned = (x.to(dtype).unflatten(-1, (-1, len(r))) @ r).flatten(-2)
-    return (round_through(turned, grid).unflatten(-1, (-1, len(r))) @ r.T).flatten(-2).to(x.dtype)
+    return (rounded(turned, grid).unflatten(-1, (-1, len(r))) @ r.T).flatten(-2).to(x.dtype)
 
 
 class _TrainedPath:
     """An attention path (see ``lqedu.runtime.attention``) that values pass rotated by a learned matrix, with gradients."""
 
-    def __init__(self, path: "AttentionPath", rotation: Tensor) -> None:
-        self._path, self._rotation, self.query = path, rotation, path.query
+    def __init__(self, path: "AttentionPath", rotation: Tensor, rounded: Rounding) -> None:
+        self._path, self._rotation, self._rounded, self.query = path, rotation, rounded, path.query
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         key = fast_hadamard(key) if self._path.hadamard else key
-        return round_through(key, self._path.key), _there_and_back(value, self._rotation, self._path.value)
+        return self._rounded(key, self._path.key), _there_and_back(
+            value, self._rotation, self._path.value, self._rounded
+        )
 
 
 @contextmanager
-def _rounded(model: nn.Module, rotations: list[Tensor], method: SpinQuant) -> Iterator[None]:
+def _rounded(
+    model: nn.Module, rotations: list[Tensor], method: SpinQuant, rounded: Rounding = round_through
+) -> Iterator[None]:
     """Round what the quantized model will round, in the basis it will have there; the model itself is not rotated."""
     grid, path = method.activation_grid(), method.attention_path()
     residual, *values = rotations
@@ -247,13 +258,13 @@ def _rounded(model: nn.Module, rotations: list[Tensor], method: SpinQuant) -> It
         set_attention_path(model, path)
     for block, rotation in zip(block_list(model), values, strict=True):
         if path is not None:
-            block.self_attn.lqedu_attention = _TrainedPath(path, rotation)
+            block.self_attn.lqedu_attention = _TrainedPath(path, rotation, rounded)
         for norm in (block.input_layernorm, block.post_attention_layernorm):
-            hooks.append(norm.register_forward_hook(_output(lambda x: _there_and_back(x, residual, grid))))
+            hooks.append(norm.register_forward_hook(_output(lambda x: _there_and_back(x, residual, grid, rounded))))
         down = full_width(block.mlp.down_proj.in_features) if method.online else InputPath()
         for linear, function in (
-            (block.self_attn.o_proj, lambda x, rotation=rotation: _there_and_back(x, rotation, grid)),
-            (block.mlp.down_proj, lambda x, down=down: _hadamard_and_back(x, down, grid)),
+            (block.self_attn.o_proj, lambda x, rotation=rotation: _there_and_back(x, rotation, grid, rounded)),
+            (block.mlp.down_proj, lambda x, down=down: _hadamard_and_back(x, down, grid, rounded)),
         ):
             hooks.append(linear.register_forward_pre_hook(_input(function)))
     try:
@@ -263,11 +274,11 @@ def _rounded(model: nn.Module, rotations: list[Tensor], method: SpinQuant) -> It
             hook.remove()
 
 
-def _hadamard_and_back(x: Tensor, path: InputPath, grid: ActivationGrid | None) -> Tensor:
+def _hadamard_and_back(x: Tensor, path: InputPath, grid: Grid | None, rounded: Rounding) -> Tensor:
     """``Q(x H) H^T`` for the online transform of ``down_proj``'s input: runs of ``path.hadamard`` features."""
     if path.hadamard is None:
-        return round_through(x, grid)
-    turned = round_through(path.transform(x), grid)
+        return rounded(x, grid)
+    turned = rounded(path.transform(x), grid)
     return fast_hadamard(turned.unflatten(-1, (-1, path.hadamard)), inverse=True).flatten(-2)
 
 

@@ -1,9 +1,12 @@
 """A measurement runs from end to end on a tiny model; what it measures is the method's own tests' business."""
 
+import pytest
 import torch
 
 import lqedu
 from lqedu.book import measure
+from lqedu.formats.activation import ActivationGrid
+from lqedu.formats.kv import KVInt
 from tests.models.tiny import tiny_model, tiny_windows
 
 
@@ -38,3 +41,19 @@ def test_qqq_has_a_row_for_every_width_behind_the_same_weights(monkeypatch):
         assert {("KV16", "qqq", group_size, "none", "auto"), ("folded", "qqq", group_size, "none", "auto")} <= found
     assert len(rows) == 1 + 2 + 2 * (3 + 2 * 3 + 2)
     assert all(len(row["samples"]) == 3 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "grid", [ActivationGrid(4), ActivationGrid(4, symmetric=False, clip_ratio=0.8), KVInt(4, zero_point="integer")]
+)
+def test_the_gradient_that_follows_the_scale_has_the_values_and_euler_s_identity(grid):
+    """Rounding by a scale of the token's own range is homogeneous: ∇(v·f)·x = v·f, which straight through misses."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 32, generator=generator).requires_grad_()
+    v = torch.randn(5, 32, generator=generator)
+    y = measure._round_following(x, grid)
+    assert torch.allclose(y, grid.round_trip(x.detach()), atol=1e-6)
+    (gradient,) = torch.autograd.grad((v * y).sum(), x)
+    wanted = (v * y.detach()).sum(1)
+    assert torch.allclose((gradient * x).sum(1), wanted, rtol=2e-3, atol=2e-3)  # FP16 scales are not quite homogeneous
+    assert not torch.allclose((v * x.detach()).sum(1), wanted, rtol=2e-3, atol=2e-3)

@@ -20,7 +20,6 @@ from lqedu.calibration.capture import block_inputs, run_block
 from lqedu.checkpoint.unfinished import Block, Layer, UnfinishedRun
 from lqedu.errors import CalibrationError, GridError, LqeduError, NotPositiveDefiniteError, UsageError
 from lqedu.formats.integer import check_weight
-from lqedu.linalg.hadamard import hadamard_block
 from lqedu.linalg.hessian import HessianAccumulator
 from lqedu.methods.base import Method
 from lqedu.models.anatomy import Stage, block_list, describe, linears
@@ -29,7 +28,6 @@ from lqedu.rounding import RoundingReport
 from lqedu.runtime.inputs import input_path
 from lqedu.runtime.kinds import layer_of
 from lqedu.runtime.linear import quantized_linears
-from lqedu.transforms.rotation import head_dim
 
 MAX_ATTEMPTS = 3  # the damping asked for, and twice ten times more
 
@@ -133,10 +131,10 @@ def check_request(model: nn.Module, method: Method, calibration: Tensor | None) 
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise GridError(f"{name} {list(parameter.shape)} holds NaN or infinite values")
     path = method.attention_path()
-    if path is not None and path.hadamard and hadamard_block(size := head_dim(model)) != size:
-        raise UsageError(
-            f"{method.title} transforms keys over each head, and no Hadamard matrix of order {size} is known; use kv_bits=None"
-        )
+    if path is not None:
+        from lqedu.runtime.attention import check_heads
+
+        check_heads(model, path)
 
 
 def _check_windows(model: nn.Module, calibration: Tensor | None, method: Method) -> None:

@@ -11,7 +11,6 @@ Everything is done offline, in the reference's order. Where this file differs, a
 - a range is one of 20 factors down to 0.525 of the largest weight, the reference's one of 80 down to 0.2.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,8 +23,8 @@ from lqedu.errors import UsageError
 from lqedu.formats import IntGrid, QTensor
 from lqedu.formats.progressive import ProgressiveGrid, ProgressiveTensor
 from lqedu.methods.base import Answers, QuantizedActivations
-from lqedu.methods.quarot import hadamard_rotation, rotation_notes
-from lqedu.models.anatomy import Stage, block_list
+from lqedu.methods.quarot import rotate_offline, rotation_notes
+from lqedu.models.anatomy import Stage
 from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, gptq, nearest
 from lqedu.rounding.gptq import check_schedule
@@ -33,7 +32,6 @@ from lqedu.rounding.progressive import affine_grid, progressive_gptq, progressiv
 from lqedu.transforms.clipping import fit_clipped
 from lqedu.transforms.folding import fold_scale, tie_heads
 from lqedu.transforms.reorder import find_orders, reorder_model
-from lqedu.transforms.rotation import head_dim, rotate_model
 from lqedu.transforms.smooth_attention import (
     attention_heads,
     attention_scales,
@@ -114,7 +112,7 @@ class QoQ(QuantizedActivations):
         if self.smooth_alpha is not None:
             check_number("smooth_alpha", self.smooth_alpha, least=0, most=1)
         check_number("attention_alpha", self.attention_alpha, least=0, most=1)
-        check_number("damping", self.damping, above=0, below=math.inf)
+        check_number("damping", self.damping, above=0)
         check_count("search_tokens", self.search_tokens, least=1)
         check_count("seed", self.seed, most=2**63 - 1)
 
@@ -192,11 +190,7 @@ class QoQ(QuantizedActivations):
         return (progressive_gptq if progressive else gptq)(weight, hessian, grid, fitted=fitted, **schedule)
 
     def _rotated(self, model: nn.Module) -> nn.Module:
-        if not self.rotate:
-            return model
-        generator = torch.Generator().manual_seed(self.seed)
-        residual = hadamard_rotation(model.get_input_embeddings().embedding_dim, generator)
-        return rotate_model(model, residual, [hadamard_rotation(head_dim(model), generator)] * len(block_list(model)))
+        return rotate_offline(model, self.seed) if self.rotate else model
 
     def _smooths(self, stage: Stage) -> bool:
         """Stages that write the residual stream and whose input something in the block can absorb."""

@@ -25,14 +25,13 @@ from lqedu.errors import UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.formats.requantized import RequantizedGrid, RequantizedTensor, requantize
 from lqedu.methods.base import Answers, QuantizedActivations
-from lqedu.methods.quarot import hadamard_rotation, rotation_notes
-from lqedu.models.anatomy import Stage, block_list
+from lqedu.methods.quarot import rotate_offline, rotation_notes
+from lqedu.models.anatomy import Stage
 from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, gptq
 from lqedu.rounding.gptq import check_schedule
 from lqedu.rounding.report import proxy_loss
 from lqedu.transforms.folding import fold_scale, tie_heads
-from lqedu.transforms.rotation import head_dim, rotate_model
 from lqedu.transforms.threshold import ThresholdSearch, search_threshold
 
 
@@ -106,11 +105,7 @@ class QQQ(QuantizedActivations):
 
     def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
         """Rotate the residual stream and the values offline, where ``move`` says so."""
-        if self.move != "rotate":
-            return model
-        generator = torch.Generator().manual_seed(self.seed)
-        residual = hadamard_rotation(model.get_input_embeddings().embedding_dim, generator)
-        return rotate_model(model, residual, [hadamard_rotation(head_dim(model), generator)] * len(block_list(model)))
+        return rotate_offline(model, self.seed) if self.move == "rotate" else model
 
     def prepare_block(
         self, block: nn.Module, stages: tuple[Stage, ...], hidden: Tensor, kwargs: Mapping[str, Any]

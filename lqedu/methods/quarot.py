@@ -152,6 +152,16 @@ def hadamard_rotation(n: int, generator: torch.Generator) -> Tensor:
     return torch.block_diag(*(randomized_hadamard(block, generator) for _ in range(n // block)))
 
 
+def rotate_offline(model: nn.Module, seed: int) -> nn.Module:
+    """A copy of a dense model with its residual stream and each value head in a randomized Hadamard basis.
+
+    Nothing is left to do while the model runs: what :class:`lqedu.methods.QQQ` and :class:`lqedu.methods.QoQ` call rotation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual = hadamard_rotation(model.get_input_embeddings().embedding_dim, generator)
+    return rotate_model(model, residual, [hadamard_rotation(head_dim(model), generator)] * len(block_list(model)))
+
+
 def full_width(n: int) -> InputPath:
     """A transform of all ``n`` inputs, or of the largest blocks that have one."""
     return InputPath(hadamard=hadamard_block(n))

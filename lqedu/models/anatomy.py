@@ -108,6 +108,12 @@ def block_list(model: nn.Module) -> nn.ModuleList:
     return model.get_submodule(describe(model).blocks)
 
 
+def head_dim(model: nn.Module) -> int:
+    """Features of one attention head."""
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of all decoder blocks by dotted name, in the order they run; not the head.
 

@@ -18,10 +18,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lqedu.errors import GridError
+from lqedu.errors import GridError, UsageError
 from lqedu.formats.kv import Codes, KVGrid, kv_grid_from_dict
-from lqedu.linalg.hadamard import fast_hadamard
-from lqedu.models.anatomy import block_list
+from lqedu.linalg.hadamard import fast_hadamard, hadamard_block
+from lqedu.models.anatomy import block_list, head_dim
 
 NAME = "lqedu"  # in config._attn_implementation
 
@@ -88,8 +88,23 @@ class AttentionPath:
         return cls(d["hadamard"], **grids)
 
 
+def check_heads(model: nn.Module, path: AttentionPath) -> None:
+    """Refuse a transform over heads of a size without a Hadamard matrix (UsageError)."""
+    size = head_dim(model)
+    if path.hadamard and hadamard_block(size) != size:
+        raise UsageError(
+            f"keys are transformed over each head, and no Hadamard matrix of order {size} is known; "
+            "use kv_bits=None, or hadamard=False"
+        )
+
+
 def set_attention_path(model: nn.Module, path: AttentionPath) -> None:
-    """Make every block of ``model`` attend through ``path``; changes the model (use a copy)."""
+    """Make every block of ``model`` attend through ``path``; changes the model (use a copy).
+
+    Raises:
+        UsageError: as :func:`check_heads`.
+    """
+    check_heads(model, path)
     model.set_attn_implementation(NAME)
     model.lqedu_attention = path
     for block in block_list(model):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lqedu.errors import UnsupportedModelError, UsageError
-from lqedu.models.anatomy import Anatomy, Stage, block_list, describe
+from lqedu.models.anatomy import Anatomy, Stage, block_list, describe, head_dim
 from lqedu.models.copying import copy_sharing_tensors
 
 
@@ -59,12 +59,6 @@ def rotate_model(model: nn.Module, residual: Tensor | None = None, values: Seque
             if stage.behind_norm:
                 _reset_gain(block.get_submodule(stage.source))
     return result
-
-
-def head_dim(model: nn.Module) -> int:
-    """Features of one attention head."""
-    config = model.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rotate_ends(result: nn.Module, anatomy: Anatomy, r: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from lqedu.runtime import PackedCache, quantize_kv
 from lqedu.runtime import attention as module
 from lqedu.runtime.attention import AttentionPath, attend_codes
 from tests.compare import relative_error
+from tests.models import tiny
 from tests.models_tiny import ARCHITECTURES, tiny_model, tiny_windows
 from tests.problems import seeded
 
@@ -321,3 +322,10 @@ def test_refusals():
     for model, other in ((four, eight), (eight, floats), (floats, four)):
         with pytest.raises(GridError, match="made for this model"), torch.no_grad():
             model(tiny_windows(), past_key_values=PackedCache(other))
+
+
+def test_heads_without_a_hadamard_matrix_are_refused_at_once():
+    model = tiny.tiny_model("llama", head_dim=6)
+    with pytest.raises(UsageError, match="order 6 is known"):
+        quantize_kv(model, 4, hadamard=True)
+    assert quantize_kv(model, 4)(tiny.tiny_windows()).logits.isfinite().all()

@@ -130,7 +130,9 @@ def fast_hadamard(x: Tensor, *, inverse: bool = False) -> Tensor:
         raise UsageError(f"a Hadamard transform takes floating-point values, got {x.dtype}")
     n = x.shape[-1]
     m, power = hadamard_factors(n)
-    if x.device.type == "cpu" and x.numel() > max(n, _CACHED):  # each step reads and writes all of it: stay in a core's cache
+    if x.device.type == "cpu" and x.numel() > max(
+        n, _CACHED
+    ):  # each step reads and writes all of it: stay in a core's cache
         parts = x.reshape(-1, n).split(max(1, _CACHED // n))
         return torch.cat([fast_hadamard(part, inverse=inverse) for part in parts]).reshape(x.shape)
     y = x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -349,10 +349,10 @@ def qqq(device: str) -> Measurement:
     """
     bench = _Bench(device)
     naive = RTN(bits=4, group_size=None, symmetric=True, activation_bits=8)
-    rows = [bench.row(None), bench.row(replace(naive, bits=8), name="W8A8")]
+    rows = [bench.row(None), *bench.cache_rows(replace(naive, bits=8), "W8A8 ")]
     rows.append(bench.row(GPTQ(bits=4, group_size=64), name="W4A16"))
     for group_size in (None, 64):
-        rows.append(bench.row(replace(naive, group_size=group_size), name="W4A8"))
+        rows += bench.cache_rows(replace(naive, group_size=group_size), "W4A8 ")
         alone = QQQ(group_size=group_size, move="none")
         rows.append(bench.row(alone, name="KV16"))
         rows.append(bench.row(alone, model=rotate_model(bench.model), name="folded"))
@@ -374,6 +374,7 @@ def qoq(device: str) -> Measurement:
     full = QoQ(group_size=64)
     for method in (QoQ(group_size=None), full):
         rows += bench.cache_rows(method)
+    rows += bench.cache_rows(replace(full, smooth_attention="none"), "without SmoothAttention, ")
 
     off = {"rotate": False, "reorder": "none", "smooth": "none", "smooth_attention": "none"}
     step = replace(full, **off, clip=False, rounding="nearest")
@@ -389,7 +390,6 @@ def qoq(device: str) -> Measurement:
         {"reorder": "none"},
         {"smooth": "outputs"},
         {"smooth_attention": "search"},
-        {"smooth_attention": "none"},
         {"clip": False},
         {"seed": 1},
     ):
@@ -732,18 +732,18 @@ class _Bench:
             return {"method": "dense", "bits_per_weight": 32.0, **_quality(self.dense, self.dense)}
         return self._described(method, *self.evaluate(method, windows, model), windows, labels)
 
-    def cache_rows(self, method: Method) -> list[dict[str, Any]]:
-        """A row each for keys and values left alone, at 8 and at 4 bits, behind the weights that ``method`` makes."""
+    def cache_rows(self, method: Method, prefix: str = "") -> list[dict[str, Any]]:
+        """Rows for keys and values left alone, at 8 and at 4 bits, and keys in a Hadamard basis, behind the same weights."""
+        from lqedu.methods.base import kv_path
         from lqedu.runtime.attention import AttentionPath, set_attention_path
 
         rows, windows = [], CALIBRATION["windows"]
         _, quantized, seconds = self.evaluate(method, windows)
-        for bits in (None, 8, 4):
-            other = replace(method, kv_bits=bits)
-            set_attention_path(quantized, other.attention_path() or AttentionPath())
+        for bits, hadamard in ((None, False), (8, False), (4, False), (4, True)):
+            set_attention_path(quantized, kv_path(bits, hadamard=hadamard) or AttentionPath())
             result = lqedu.perplexity(quantized, self.windows, batch_size=self.batch_size)
-            labels = {"name": f"KV{bits or 16}"}
-            rows.append(self._described(other, result, quantized, seconds, windows, labels))
+            labels = {"name": f"{prefix}KV{bits or 16}{', Hadamard' if hadamard else ''}"}
+            rows.append(self._described(replace(method, kv_bits=bits), result, quantized, seconds, windows, labels))
         return rows
 
     def _described(

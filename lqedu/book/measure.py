@@ -400,8 +400,8 @@ def qoq(device: str) -> Measurement:
 def kv_cache(device: str) -> Measurement:
     """Chapter 15: keys and values in few bits behind dense weights, what helps the keys, and how often the arg-max stays.
 
-    The arg-max is teacher-forced: at every position of 32 prompts both models read the same text. Keys before RoPE, by
-    channel (64 tokens share a scale) and centred are simulated where attention reads them. Smoothing and centring are
+    The arg-max is teacher-forced: at every position of 32 prompts both models read the same text. Keys before RoPE and by
+    channel (64 tokens share a scale) are simulated where attention reads them. Smoothing and centring are
     fitted to 8 windows, the search over exponents to one of them.
     """
     from lqedu.runtime import quantize_kv
@@ -409,11 +409,8 @@ def kv_cache(device: str) -> Measurement:
     bench = _Bench(device)
     dense, integer = bench.model, KVInt(4, zero_point="integer")
     prompts = bench.windows.flatten()[: 32 * 256].view(-1, 256)
-    smoothed, means = _smoothed(dense, bench.calibration(8), (0.25, 0.5, 0.75, 1.0, None))
-
-    def centred(key: torch.Tensor, block: int) -> torch.Tensor:
-        return key - means[block]
-
+    text = bench.calibration(8)
+    smoothed = _smoothed(dense, text, (0.25, 0.5, 0.75, 1.0, None))
     cases: dict[str, Callable[[], nn.Module]] = {
         "KV8": lambda: quantize_kv(dense, 8),
         "FP8": lambda: quantize_kv(dense, "fp8"),
@@ -424,10 +421,11 @@ def kv_cache(device: str) -> Measurement:
         "KV4, integer zero point": lambda: quantize_kv(dense, integer),
         "KV4, Hadamard": lambda: quantize_kv(dense, 4, hadamard=True),
         "KV4, Hadamard, integer zero point": lambda: quantize_kv(dense, integer, hadamard=True),
-        "KV4, centred": lambda: _reading(dense, centred),
-        "KV4, centred, Hadamard": lambda: _reading(dense, centred, hadamard=True),
+        "KV4, centred": lambda: quantize_kv(dense, 4, centre=text),
+        "KV4, centred, Hadamard": lambda: quantize_kv(dense, 4, hadamard=True, centre=text),
+        "KV3, centred, Hadamard": lambda: quantize_kv(dense, 3, hadamard=True, centre=text),
         "KV4, keys before RoPE": lambda: _before_rope(dense, KVInt(4).round_trip),
-        "KV4, keys by channel": lambda: _reading(dense, rounded=_by_channel),
+        "KV4, keys by channel": lambda: _reading(dense, _by_channel),
         "KV4, keys by channel before RoPE": lambda: _before_rope(dense, _by_channel),
     }
     for alpha, model in smoothed.items():
@@ -470,8 +468,8 @@ def _arg_max(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 def _smoothed(
     model: nn.Module, windows: torch.Tensor, alphas: tuple[float | None, ...]
-) -> tuple[dict[float | None, nn.Module], list[torch.Tensor]]:
-    """Copies with smoothed keys, one an exponent (``None``: searched), and the mean key of each channel of each block."""
+) -> dict[float | None, nn.Module]:
+    """Copies with smoothed keys, one an exponent (``None``: searched)."""
     from lqedu.calibration.capture import block_inputs, run_block
     from lqedu.models.anatomy import block_list
     from lqedu.transforms.smooth_attention import (
@@ -483,17 +481,15 @@ def _smoothed(
     )
 
     copies = {alpha: copy_sharing_tensors(model) for alpha in alphas}
-    means = []
     hidden, kwargs = block_inputs(model, windows)
     for index, block in enumerate(block_list(model)):
         heads = attention_heads(block, hidden, kwargs)
-        means.append(heads.key.mean((0, 2))[:, None])
         few = Heads(heads.query[:1], heads.key[:1], heads.value[:1])
         for alpha, copy in copies.items():
             scale = search_attention(few, KVInt(4)).scale if alpha is None else attention_scales(heads.key_max(), alpha)
             fold_attention(block_list(copy)[index], scale)
         hidden = run_block(block, hidden, kwargs)
-    return copies, means
+    return copies
 
 
 def _by_channel(key: torch.Tensor) -> torch.Tensor:
@@ -501,34 +497,21 @@ def _by_channel(key: torch.Tensor) -> torch.Tensor:
     return KVInt(4).round_trip(key.unflatten(2, (-1, 64)).mT).mT.flatten(2, 3)
 
 
-def _reading(
-    model: nn.Module,
-    moved: Callable[[torch.Tensor, int], torch.Tensor] = lambda key, block: key,
-    rounded: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    *,
-    hadamard: bool = False,
-) -> nn.Module:
-    """A copy that attends to keys ``rounded(moved(key, block))`` behind RoPE, in a Hadamard basis or not, and to values
-    of 4 bits; keys on the grid of a token unless ``rounded`` says otherwise."""
-    from lqedu.linalg.hadamard import fast_hadamard
+def _reading(model: nn.Module, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy that attends to keys ``rounded(key)`` behind RoPE, and to values of 4 bits."""
     from lqedu.models.anatomy import block_list
     from lqedu.runtime import quantize_kv
 
-    grid = KVInt(4)
-
     class Path:
-        def __init__(self, block: int) -> None:
-            self.block = block
-
         def query(self, query: torch.Tensor) -> torch.Tensor:
-            return fast_hadamard(query) if hadamard else query
+            return query
 
         def store(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return (rounded or grid.round_trip)(self.query(moved(key, self.block))), grid.round_trip(value)
+            return rounded(key), KVInt(4).round_trip(value)
 
     result = quantize_kv(model, 16)
-    for index, block in enumerate(block_list(result)):
-        block.self_attn.lqedu_attention = Path(index)
+    for block in block_list(result):
+        block.self_attn.lqedu_attention = Path()
     return result
 
 
@@ -733,17 +716,23 @@ class _Bench:
         return self._described(method, *self.evaluate(method, windows, model), windows, labels)
 
     def cache_rows(self, method: Method, prefix: str = "") -> list[dict[str, Any]]:
-        """Rows for keys and values left alone, at 8 and at 4 bits, and keys in a Hadamard basis, behind the same weights."""
-        from lqedu.methods.base import kv_path
-        from lqedu.runtime.attention import AttentionPath, set_attention_path
+        """Rows for caches of three widths, and for two remedies of 4-bit keys, behind the weights that ``method`` makes."""
+        from lqedu.runtime import quantize_kv
 
         rows, windows = [], CALIBRATION["windows"]
         _, quantized, seconds = self.evaluate(method, windows)
-        for bits, hadamard in ((None, False), (8, False), (4, False), (4, True)):
-            set_attention_path(quantized, kv_path(bits, hadamard=hadamard) or AttentionPath())
-            result = lqedu.perplexity(quantized, self.windows, batch_size=self.batch_size)
-            labels = {"name": f"{prefix}KV{bits or 16}{', Hadamard' if hadamard else ''}"}
-            rows.append(self._described(replace(method, kv_bits=bits), result, quantized, seconds, windows, labels))
+        text = self.calibration(8)
+        caches = {
+            "KV16": (16, {}),
+            "KV8": (8, {}),
+            "KV4": (4, {}),
+            "KV4, Hadamard": (4, {"hadamard": True}),
+            "KV4, centred, Hadamard": (4, {"hadamard": True, "centre": text}),
+        }
+        for name, (bits, remedy) in caches.items():
+            result = lqedu.perplexity(quantize_kv(quantized, bits, **remedy), self.windows, batch_size=self.batch_size)
+            other = replace(method, kv_bits=None if bits == 16 else bits)
+            rows.append(self._described(other, result, quantized, seconds, windows, {"name": prefix + name}))
         return rows
 
     def _described(

@@ -115,6 +115,13 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
         except (AttributeError, KeyError, TypeError, GridError) as error:
             raise CheckpointError(f"{folder / RECORD}: layer {name!r} does not fit the model: {error}") from error
         model.set_submodule(name, frame)
+    if record["attention"] is not None:
+        from lqedu.runtime.attention import AttentionPath, set_attention_path
+
+        try:
+            set_attention_path(model, AttentionPath.from_dict(record["attention"]))
+        except (GridError, TypeError) as error:
+            raise CheckpointError(f"{folder / RECORD}: its attention is not understood: {error}") from error
     for copy, original in record["tied"].items():
         if original in tensors:
             tensors[copy] = tensors[original]
@@ -127,13 +134,6 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
             raise CheckpointError(f"{folder / WEIGHTS} is damaged: {name}: {error}") from error
     model.tie_weights()
     model.requires_grad_(False).eval()
-    if record["attention"] is not None:
-        from lqedu.runtime.attention import AttentionPath, set_attention_path
-
-        try:
-            set_attention_path(model, AttentionPath.from_dict(record["attention"]))
-        except (GridError, TypeError) as error:
-            raise CheckpointError(f"{folder / RECORD}: its attention is not understood: {error}") from error
     model.lqedu_method, model.lqedu_reports, model.lqedu_tokenizer = record["method"], reports, tokenizer
     model.lqedu_notes = tuple(record.get("notes", ()))  # they change nothing: a folder may lack them
     return model, tokenizer

@@ -9,6 +9,7 @@ attention function rounds the floats it is handed. A :class:`lqedu.runtime.Packe
 arrives, and hands over the bytes it keeps. The numbers are the same, the memory is not.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from lqedu.linalg.hadamard import fast_hadamard, hadamard_block
 from lqedu.models.anatomy import block_list, head_dim
 
 NAME = "lqedu"  # in config._attn_implementation
+MEAN = "lqedu_key_mean"  # a buffer of each block's attention
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class AttentionPath:
     Attributes:
         hadamard: transform q and k over each head, after RoPE.
         key, value: grids of one token of one head; ``None`` leaves it in floating point.
+        centred: keys are stored less a constant vector of their head, which softmax cannot see: ``q · a`` is the same for
+            all keys of a query. Each block keeps its own, see :func:`set_attention_path`.
 
     Raises:
         GridError: grids of another kind.
@@ -41,6 +45,7 @@ class AttentionPath:
     hadamard: bool = False
     key: KVGrid | None = None
     value: KVGrid | None = None
+    centred: bool = False
 
     def __post_init__(self) -> None:
         for grid in (self.key, self.value):
@@ -73,7 +78,8 @@ class AttentionPath:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; :meth:`from_dict` is the inverse."""
         grids = {"key": self.key, "value": self.value}
-        return {"hadamard": self.hadamard} | {k: None if g is None else g.to_dict() for k, g in grids.items()}
+        rounded = {k: None if g is None else g.to_dict() for k, g in grids.items()}
+        return {"hadamard": self.hadamard, "centred": self.centred} | rounded
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "AttentionPath":
@@ -82,10 +88,10 @@ class AttentionPath:
         Raises:
             GridError: unknown or missing fields.
         """
-        if set(d) != {"hadamard", "key", "value"}:
-            raise GridError(f"an attention path has the fields hadamard, key and value, got {sorted(d)}")
+        if set(d) != {"hadamard", "centred", "key", "value"}:
+            raise GridError(f"an attention path has the fields hadamard, centred, key and value, got {sorted(d)}")
         grids = {k: None if d[k] is None else kv_grid_from_dict(d[k]) for k in ("key", "value")}
-        return cls(d["hadamard"], **grids)
+        return cls(d["hadamard"], **grids, centred=d["centred"])
 
 
 def check_heads(model: nn.Module, path: AttentionPath) -> None:
@@ -98,8 +104,14 @@ def check_heads(model: nn.Module, path: AttentionPath) -> None:
         )
 
 
-def set_attention_path(model: nn.Module, path: AttentionPath) -> None:
+def set_attention_path(model: nn.Module, path: AttentionPath, means: Sequence[Tensor] | None = None) -> None:
     """Make every block of ``model`` attend through ``path``; changes the model (use a copy).
+
+    Args:
+        model: dense or quantized.
+        path: how keys and values are stored.
+        means: where ``path.centred``, what each block takes off its keys, ``[kv_heads, 1, head_dim]``; ``None`` is zeros
+            of that shape, for a checkpoint to fill.
 
     Raises:
         UsageError: as :func:`check_heads`.
@@ -107,8 +119,19 @@ def set_attention_path(model: nn.Module, path: AttentionPath) -> None:
     check_heads(model, path)
     model.set_attn_implementation(NAME)
     model.lqedu_attention = path
-    for block in block_list(model):
-        block.self_attn.lqedu_attention = path
+    for index, block in enumerate(block_list(model)):
+        attention = block.self_attn
+        attention.lqedu_attention = path
+        attention._buffers.pop(MEAN, None)
+        if path.centred:
+            width, size = attention.k_proj.out_features, head_dim(model)
+            mean = torch.zeros(width // size, 1, size) if means is None else means[index]
+            attention.register_buffer(MEAN, mean)
+
+
+def centred(key: Tensor, mean: Tensor | None) -> Tensor:
+    """Keys ``[batch, kv_heads, tokens, head_dim]`` as a block stores them: less its constant, if it has one."""
+    return key if mean is None else (key - mean).to(key.dtype)
 
 
 def attention(
@@ -118,7 +141,7 @@ def attention(
     path: AttentionPath = module.lqedu_attention
     query = path.query(query)
     if key.dtype != torch.uint8:  # floats, from no cache of ours
-        key, value = path.store(key, value)
+        key, value = path.store(centred(key, module._buffers.get(MEAN)), value)
     else:
         codes = path.unpack(key, value, query)
         rounded = path.key is not None or path.value is not None

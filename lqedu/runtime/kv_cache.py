@@ -11,19 +11,25 @@ that go with a cache, are those of transformers.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from lqedu.errors import UsageError
+from lqedu.errors import CalibrationError, UsageError
 from lqedu.formats.kv import KVGrid, kv_grid
 from lqedu.models.anatomy import block_list
 from lqedu.models.copying import copy_sharing_tensors
-from lqedu.runtime.attention import AttentionPath, set_attention_path
+from lqedu.runtime.attention import MEAN, AttentionPath, centred, set_attention_path
 
 
 def quantize_kv(
-    model: nn.Module, key: int | str | KVGrid = 4, value: int | str | KVGrid | None = None, *, hadamard: bool = False
+    model: nn.Module,
+    key: int | str | KVGrid = 4,
+    value: int | str | KVGrid | None = None,
+    *,
+    hadamard: bool = False,
+    centre: Tensor | None = None,
 ) -> nn.Module:
     """A model that stores its keys and values on a grid, one scale for each token of each head.
 
@@ -32,6 +38,8 @@ def quantize_kv(
         key: 2 to 8 (bits of integer codes), "fp8" (E4M3), 16 (as they come), or a grid of ``lqedu.formats.kv``.
         value: the same for values; ``None`` is what ``key`` says.
         hadamard: transform queries and keys over each head, after RoPE, so that no channel of a key sticks out.
+        centre: token windows ``[windows, length]`` whose mean key is taken off every key before it is rounded
+            (:func:`key_means`). Softmax cannot see it, and the codes have less to cover.
 
     Returns:
         A new model that shares all tensors with ``model``. It computes the same with a :class:`PackedCache` as with any
@@ -40,12 +48,60 @@ def quantize_kv(
     Raises:
         GridError: a grid that is none of these.
         UnsupportedModelError: a model whose blocks are not known.
+        UsageError: heads without a Hadamard matrix; ``centre`` that is not a batch of token ids.
+        CalibrationError: keys of ``centre`` that are not finite.
     """
-    path = AttentionPath(hadamard, kv_grid(key), kv_grid(key if value is None else value))
+    path = AttentionPath(hadamard, kv_grid(key), kv_grid(key if value is None else value), centre is not None)
     block_list(model)  # refuses what it does not know
+    means = None if centre is None else key_means(model, centre)
     result = copy_sharing_tensors(model)
-    set_attention_path(result, path)
+    set_attention_path(result, path, means)
     return result
+
+
+def key_means(model: nn.Module, windows: Tensor) -> list[Tensor]:
+    """The mean key of each channel of each head, behind RoPE, over all tokens of a text.
+
+    Args:
+        model: dense or quantized; not changed.
+        windows: token ids ``[windows, length]``.
+
+    Returns:
+        One float32 tensor ``[kv_heads, 1, head_dim]`` a block.
+
+    Raises:
+        UsageError: windows that are not a batch of token ids.
+        CalibrationError: keys that are not finite.
+    """
+    if not isinstance(windows, Tensor) or windows.dim() != 2 or windows.is_floating_point() or not windows.numel():
+        raise UsageError("the text that finds mean keys is a batch of token ids [windows, length] with a token or more")
+    watched = copy_sharing_tensors(model)
+    set_attention_path(watched, AttentionPath())
+    paths = [_Watching() for _ in block_list(watched)]
+    for block, path in zip(block_list(watched), paths, strict=True):
+        block.self_attn.lqedu_attention = path
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        for window in windows.to(device):
+            watched(window[None], use_cache=False)
+    means = [(path.total / windows.numel()).to(torch.float32) for path in paths]
+    if not all(bool(torch.isfinite(mean).all()) for mean in means):
+        raise CalibrationError("the mean key is not finite; the model or the text holds NaN or infinities")
+    return means
+
+
+class _Watching:
+    """An attention path that changes nothing and sums the keys that pass."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+
+    def query(self, query: Tensor) -> Tensor:
+        return query
+
+    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.total = self.total + key.to(torch.float64).sum((0, 2))[:, None]
+        return key, value
 
 
 class PackedCache(Cache):
@@ -68,7 +124,7 @@ class PackedCache(Cache):
                 "the model does not say how keys and values are stored; "
                 "take lqedu.runtime.quantize_kv(model, 4), or a method with kv_bits"
             )
-        super().__init__(layers=[PackedLayer(path) for _ in block_list(model)])
+        super().__init__(layers=[PackedLayer(path, block.self_attn._buffers.get(MEAN)) for block in block_list(model)])
 
     @property
     def nbytes(self) -> int:
@@ -80,10 +136,11 @@ class PackedCache(Cache):
 class PackedLayer(DynamicLayer):
     """One block's keys and values: records, uint8 ``[batch, kv_heads, tokens, record bytes]``."""
 
-    def __init__(self, path: AttentionPath) -> None:
+    def __init__(self, path: AttentionPath, mean: Tensor | None = None) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.mean = path, mean
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values ``[batch, kv_heads, tokens, head_dim]``; returns the records of all tokens."""
-        return super().update(*self.path.pack(key_states, value_states), *args, **kwargs)
+        records = self.path.pack(centred(key_states, self.mean), value_states)
+        return super().update(*records, *args, **kwargs)

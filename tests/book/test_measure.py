@@ -32,14 +32,14 @@ def test_qqq_has_a_row_for_every_width_behind_the_same_weights(monkeypatch):
     }
     for group_size in (None, 64):
         for move in ("smooth", "rotate"):
-            four = [
+            five = [
                 row for row in rows if (row.get("move"), row.get("group_size")) == (move, group_size)
                 and row["search"] == "auto"
             ]  # fmt: skip
-            assert [row["kv_bits"] for row in four] == [None, 8, 4, 4]
-            assert len({row["proxy_loss"] for row in four}) == 1 < len({row["nll"] for row in four})
+            assert [row["kv_bits"] for row in five] == [None, 8, 4, 4, 4]
+            assert len({row["proxy_loss"] for row in five}) == 1 < len({row["nll"] for row in five})
         assert {("KV16", "qqq", group_size, "none", "auto"), ("folded", "qqq", group_size, "none", "auto")} <= found
-    assert len(rows) == 1 + 4 + 1 + 2 * (4 + 2 + 2 * 4 + 2)
+    assert len(rows) == 1 + 5 + 1 + 2 * (5 + 2 + 2 * 5 + 2)
     assert all(len(row["samples"]) == 3 for row in rows)
 
 

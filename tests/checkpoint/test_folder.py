@@ -16,7 +16,7 @@ from lqedu.checkpoint import folder_bytes, load, save
 from lqedu.errors import CheckpointError, UsageError
 from lqedu.methods import GPTQ, RTN, QuIP
 from lqedu.methods.pipeline import quantize
-from lqedu.runtime import quantized_linears
+from lqedu.runtime import quantize_kv, quantized_linears
 from tests.models_tiny import ARCHITECTURES, tiny_model, tiny_windows
 
 
@@ -50,6 +50,19 @@ def test_round_trip_is_exact(architecture: str, tied: bool, tmp_path: Path, toke
     assert words("a").input_ids == tokenizer("a").input_ids
     if tied:
         assert back.get_output_embeddings().weight is back.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_a_quantized_cache_is_kept_with_the_mean_keys(
+    architecture: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    windows = tiny_windows()
+    quantized = quantize(tiny_model(architecture), RTN(group_size=32))
+    quantized = quantize_kv(quantized, 4, hadamard=True, centre=tiny_windows(3, 11))
+    back, _ = load(save(quantized, tmp_path / "out", tokenizer))
+    assert back.lqedu_attention == quantized.lqedu_attention and back.lqedu_attention.centred
+    with torch.no_grad():
+        assert torch.equal(back(windows).logits, quantized(windows).logits)
 
 
 def test_saving_twice_gives_identical_bytes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

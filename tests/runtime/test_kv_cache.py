@@ -8,13 +8,14 @@ import transformers
 from transformers import DynamicCache
 
 import lqedu
-from lqedu.errors import GridError, UnsupportedModelError, UsageError
+from lqedu.errors import CalibrationError, GridError, UnsupportedModelError, UsageError
 from lqedu.evaluation.roofline import ModelShape, kv_bytes_per_token
 from lqedu.formats.kv import Codes, KVFloat8, KVInt
 from lqedu.methods import RTN, QuaRot, SpinQuant
 from lqedu.runtime import PackedCache, quantize_kv
 from lqedu.runtime import attention as module
 from lqedu.runtime.attention import AttentionPath, attend_codes
+from lqedu.runtime.kv_cache import key_means
 from tests.compare import relative_error
 from tests.models import tiny
 from tests.models_tiny import ARCHITECTURES, tiny_model, tiny_windows
@@ -29,6 +30,7 @@ CASES = {
     "FP8": {"key": "fp8"},
     "K3V16": {"key": 3, "value": 16},
     "K16V4": {"key": 16, "value": 4, "hadamard": True},
+    "KV4, centred, Hadamard": {"key": 4, "hadamard": True, "centre": tiny_windows(3, 11)},
 }
 
 
@@ -227,6 +229,59 @@ def test_methods_that_quantize_keys_and_values(method):
     assert cache.nbytes == 2 * 2 * 4 * 2 * 32 * (8 + 4)
 
 
+# --- a constant that softmax cannot see -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_floats_less_their_mean_give_the_same_logits(architecture):
+    model = tiny_model(architecture)
+    ours = quantize_kv(model, 16, centre=tiny_windows(3, 11))
+    mean = ours.model.layers[0].self_attn.lqedu_key_mean if architecture != "opt" else None
+    assert mean is None or (mean.shape[0] == model.config.num_key_value_heads and mean.abs().max() > 0.01)
+    assert relative_error(ours(tiny_windows()).logits, model(tiny_windows()).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_means_are_those_of_keys_behind_rope():
+    from lqedu.calibration.capture import block_inputs, run_block
+    from lqedu.models.anatomy import block_list
+    from lqedu.transforms.smooth_attention import attention_heads
+
+    model = tiny_model("qwen3").double()
+    hidden, kwargs = block_inputs(model, tiny_windows(3, 11))
+    for block, mean in zip(block_list(model), key_means(model, tiny_windows(3, 11)), strict=True):
+        want = attention_heads(block, hidden, kwargs).key.mean((0, 2))[:, None]
+        assert mean.dtype == torch.float32 and relative_error(mean, want) < 1e-6
+        hidden = run_block(block, hidden, kwargs)
+
+
+@torch.no_grad()
+def test_a_constant_in_the_keys_costs_nothing_once_it_is_taken_off():
+    """A bias on the pair of channels that turns least: four bits lose it all, four bits of centred keys hardly anything."""
+    model = tiny.tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e9})
+    windows, size = tiny.tiny_windows(), model.config.head_dim
+    clean = model(windows).logits
+    spoiled = quantize_kv(model, 4)(windows).logits
+    for block in model.model.layers:
+        bias = torch.zeros(model.config.num_key_value_heads, size)
+        bias[:, -1] = 100.0
+        block.self_attn.k_proj.bias = torch.nn.Parameter(bias.flatten())
+    biased = model(windows).logits
+    assert relative_error(biased, clean) < 0.01
+    centred = relative_error(quantize_kv(model, 4, centre=windows)(windows).logits, biased)
+    assert centred < 2 * relative_error(spoiled, clean)
+    assert relative_error(quantize_kv(model, 4)(windows).logits, biased) > 3 * centred
+
+
+@torch.no_grad()
+def test_another_cache_forgets_the_means():
+    ours = quantize_kv(tiny_model(), 4, centre=tiny_windows(3, 11))
+    again = quantize_kv(ours, 4)
+    assert not any("key_mean" in name for name, _ in again.named_buffers())
+    assert torch.equal(again(tiny_windows()).logits, quantize_kv(tiny_model(), 4)(tiny_windows()).logits)
+
+
 # --- what is stored ---------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +373,13 @@ def test_refusals():
         quantize_kv(
             transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9)), 4
         )
+    for text in (torch.zeros(0, 5, dtype=torch.long), torch.zeros(2, 5), [1, 2]):
+        with pytest.raises(UsageError, match="batch of token ids"):
+            quantize_kv(tiny_model(), 4, centre=text)
+    broken = tiny_model()
+    broken.model.layers[0].self_attn.k_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="mean key is not finite"):
+        quantize_kv(broken, 4, centre=tiny_windows())
     four, eight, floats = (quantize_kv(tiny_model(), bits) for bits in (4, 8, 16))
     for model, other in ((four, eight), (eight, floats), (floats, four)):
         with pytest.raises(GridError, match="made for this model"), torch.no_grad():

@@ -146,4 +146,86 @@ E2M1 = FloatFormat("E2M1", 2, 1, 1, "none")
 E3M2 = FloatFormat("E3M2", 3, 2, 3, "none")
 E2M3 = FloatFormat("E2M3", 2, 3, 1, "none")
 
+
+@dataclass(frozen=True)
+class ExponentFormat:
+    """A format of nothing but an exponent, ``2^(e - bias)``: unsigned, without a zero; its top code is NaN.
+
+    With no mantissa there are no subnormals, and neighbours are a factor of two apart.
+
+    >>> E8M0.encode(torch.tensor([1.0, 1.4, 1.5, 0.0]))
+    tensor([127, 127, 128, 255], dtype=torch.uint8)
+
+    Attributes:
+        name: what it is called.
+        exponent_bits: all of a code.
+        bias: subtracted from the exponent field.
+    """
+
+    name: str
+    exponent_bits: int
+    bias: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.exponent_bits
+
+    @property
+    def nan_code(self) -> int:
+        """All ones."""
+        return (1 << self.exponent_bits) - 1
+
+    @property
+    def max(self) -> float:
+        """Largest value."""
+        return 2.0 ** (self.nan_code - 1 - self.bias)
+
+    @property
+    def smallest(self) -> float:
+        """Smallest value."""
+        return 2.0**-self.bias
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of codes (uint8, any shape), exact in float32 (as a subnormal for code 0) and float64.
+
+        Raises:
+            UsageError: codes that are not uint8.
+        """
+        if codes.dtype != torch.uint8:
+            raise UsageError(f"codes of {self.name} are uint8, got {codes.dtype}")
+        code = codes.to(torch.int64)
+        value = torch.ldexp(torch.ones_like(code, dtype=torch.float64), code - self.bias)
+        return torch.where(code >= self.nan_code, torch.nan, value).to(dtype)
+
+    def encode(self, x: Tensor, *, saturate: bool = True) -> Tensor:
+        """Nearest codes; a value halfway between two powers of two goes to the larger one.
+
+        Args:
+            x: any floating dtype and shape.
+            saturate: what rounds beyond the largest value becomes the largest value, otherwise NaN.
+
+        Returns:
+            uint8 of the same shape. Positive values below the smallest become the smallest; zero, negative values and NaN
+            have no neighbour here and become NaN.
+
+        Raises:
+            UsageError: not a floating dtype.
+        """
+        if not x.is_floating_point():
+            raise UsageError(f"only floating-point values have codes of {self.name}, got {x.dtype}")
+        fraction, exponent = torch.frexp(x.to(torch.float64))  # x = fraction * 2^exponent, 1/2 <= fraction < 1
+        code = exponent.to(torch.int64) - 1 + self.bias + (fraction >= 0.75).to(torch.int64)
+        code = torch.where(torch.isinf(x), self.nan_code, code).clamp(min=0)
+        code = code.clamp(max=self.nan_code - 1 if saturate else self.nan_code)
+        return torch.where(x > 0, code, self.nan_code).to(torch.uint8)
+
+    def values(self) -> Tensor:
+        """All codes decoded, float32 ``[2**bits]``."""
+        return self.decode(torch.arange(1 << self.bits, dtype=torch.uint8))
+
+
+#: Scales of the microscaling formats.
+E8M0 = ExponentFormat("E8M0", 8, 127)
+
 FORMATS = {f.name: f for f in (E4M3, E5M2, E4M3FNUZ, E5M2FNUZ, E2M1, E3M2, E2M3)}

@@ -140,6 +140,11 @@ def rotate_cost(device: str) -> Measurement:
     return _command_cost("smoothquant", "quarot")
 
 
+def w4a8_cost(device: str) -> Measurement:
+    """Chapters 13 and 14: seconds and peak memory of the command line, a process for each method, 32 windows."""
+    return _command_cost("qqq", "qoq")
+
+
 def _command_cost(*names: str) -> Measurement:
     rows = []
     for name in names:
@@ -853,6 +858,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "quip": quip,
     "quantize-cost": quantize_cost,
     "rotate-cost": rotate_cost,
+    "w4a8-cost": w4a8_cost,
     "smoothquant": smoothquant,
     "invariance": invariance,
     "quarot": quarot,

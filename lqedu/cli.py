@@ -212,8 +212,9 @@ def list_methods(json_: JsonOpt = False) -> None:
     if json_:
         print(json.dumps({"methods": rows}))
         return
-    columns = ["name", "grid", "move", "round", "run", "chapter"]
-    _print_table("methods", columns, [[row[column] for column in columns] for row in rows])
+    questions = ("grid", "move", "round", "run", "chapter")  # a line each: six columns would break words at 80
+    answers = ["\n".join(f"{question}: {row[question]}" for question in questions) + "\n" for row in rows]
+    _print_table("methods", ["name", ""], [[row["name"], text] for row, text in zip(rows, answers, strict=True)])
 
 
 @app.command()

@@ -124,8 +124,10 @@ def fast_hadamard(x: Tensor, *, inverse: bool = False) -> Tensor:
         A new tensor of the same shape and dtype.
 
     Raises:
-        UsageError: as :func:`hadamard_factors`, or ``x`` is not floating point.
+        UsageError: as :func:`hadamard_factors`, or ``x`` is no tensor of floating-point vectors.
     """
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise UsageError(f"a Hadamard transform takes a tensor [..., n] of one dimension or more, got {x!r}")
     if not x.is_floating_point():
         raise UsageError(f"a Hadamard transform takes floating-point values, got {x.dtype}")
     n = x.shape[-1]

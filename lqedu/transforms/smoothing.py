@@ -58,7 +58,12 @@ def smoothing_scales(activation_max: Tensor, weight_max: Tensor, alpha: float = 
 def channel_max(weights: Sequence[Tensor]) -> Tensor:
     """Largest ``|w|`` of each input channel over the weights ``[out, in]`` of all linears that share the input, ``[in]``.
 
+    Raises:
+        UsageError: no weight at all.
+
     >>> channel_max([torch.tensor([[1.0, -2.0]]), torch.tensor([[-3.0, 0.5]])])
     tensor([3., 2.])
     """
+    if not weights:
+        raise UsageError("the largest |w| of each channel needs at least one weight")
     return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)

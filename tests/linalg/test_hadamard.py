@@ -196,3 +196,8 @@ def test_bad_arguments():
             hadamard_block(n)
     with pytest.raises(UsageError, match="floating-point"):
         fast_hadamard(torch.ones(4, dtype=torch.int64))
+    for x in (torch.tensor(1.0), [1.0, 2.0]):
+        with pytest.raises(UsageError, match="one dimension or more"):
+            fast_hadamard(x)
+    with pytest.raises(UsageError, match="positive number"):
+        fast_hadamard(torch.ones(3, 0))

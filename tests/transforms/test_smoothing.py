@@ -44,6 +44,8 @@ def test_channel_max_is_over_rows_and_linears():
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(rows, 7, generator=g) for rows in (3, 11)]
     assert torch.equal(channel_max(weights), torch.cat(weights).abs().max(0).values)
+    with pytest.raises(UsageError, match="at least one weight"):
+        channel_max([])
 
 
 @pytest.mark.parametrize(

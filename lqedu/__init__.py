@@ -23,7 +23,7 @@ _HOME = {  # public name -> module that defines it
 }
 _SUBPACKAGES = (
     "assets", "book", "calibration", "checkpoint", "errors", "evaluation", "formats", "linalg", "methods", "models",
-    "rounding", "runtime", "transforms", "viz",
+    "rounding", "runtime", "training", "transforms", "viz",
 )  # fmt: skip
 
 __all__ = [*_HOME, *_SUBPACKAGES]

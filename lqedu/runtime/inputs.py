@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lqedu.errors import GridError
 from lqedu.formats.activation import ActivationGrid
+from lqedu.formats.fp8 import Float8ActivationGrid
 from lqedu.linalg.hadamard import fast_hadamard
 
 
@@ -29,7 +30,7 @@ class InputPath:
 
     hadamard: int | None = None
     stride: int = 1
-    activation: ActivationGrid | None = None
+    activation: ActivationGrid | Float8ActivationGrid | None = None
 
     def transform(self, x: Tensor) -> Tensor:
         """The orthonormal Hadamard transform of ``x`` along its last axis, or ``x`` itself.
@@ -60,8 +61,11 @@ class InputPath:
         """
         if set(d) != {"hadamard", "stride", "activation"}:
             raise GridError(f"an input path has the fields activation, hadamard and stride, got {sorted(d)}")
-        activation = None if d["activation"] is None else ActivationGrid.from_dict(d["activation"])
-        return cls(d["hadamard"], d["stride"], activation)
+        grid = d["activation"]
+        if grid is not None:
+            # grids of integers carry no kind: they were there first
+            grid = (Float8ActivationGrid if "kind" in grid else ActivationGrid).from_dict(grid)
+        return cls(d["hadamard"], d["stride"], grid)
 
 
 class TransformedLinear(nn.Linear):

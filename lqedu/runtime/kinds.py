@@ -8,8 +8,10 @@ from torch import Tensor
 
 from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
+from lqedu.formats.fp8 import Float8Grid, Float8Tensor
 from lqedu.formats.progressive import ProgressiveGrid, ProgressiveTensor
 from lqedu.formats.requantized import RequantizedGrid, RequantizedTensor
+from lqedu.runtime.float8 import Float8Linear
 from lqedu.runtime.incoherent import IncoherentLayout, IncoherentLinear, IncoherentWeight, check_orders
 from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.linear import QuantLinear
@@ -38,6 +40,7 @@ KINDS: dict[str, Kind] = {
     "incoherent": Kind(IncoherentLayout, IncoherentWeight, IncoherentLinear, check_orders),
     "progressive": Kind(ProgressiveGrid, ProgressiveTensor, TwoLevelLinear),
     "requantized": Kind(RequantizedGrid, RequantizedTensor, TwoLevelLinear),
+    "float8": Kind(Float8Grid, Float8Tensor, Float8Linear),
 }
 
 

@@ -6,7 +6,9 @@ Derived in chapter ``02-grids``. This is the reference path, plain PyTorch on an
 import torch
 from torch import Tensor, nn
 
+from lqedu.errors import GridError
 from lqedu.formats import QTensor
+from lqedu.formats.activation import ActivationGrid
 from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.integer import integer_linear
 
@@ -20,7 +22,12 @@ class QuantLinear(nn.Module):
 
     Buffers: ``codes`` uint8 ``[out, packed_width(in, bits)]``, ``scale`` ``grid.scale_shape``, and for an asymmetric
     grid ``zero``: uint8, packed along the groups, or float zero points as they are. ``bias`` stays as it was.
+
+    Raises:
+        GridError: a grid of the inputs whose codes do not multiply with this weight's.
     """
+
+    _activation_type: type = ActivationGrid
 
     def __init__(
         self,
@@ -30,6 +37,11 @@ class QuantLinear(nn.Module):
         static: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(path.activation, self._activation_type | None):
+            raise GridError(
+                f"{type(quantized).__name__} is multiplied with inputs on a grid of the kind "
+                f"{self._activation_type.__name__}, got {path.activation!r}"
+            )
         self.path = path
         self.grid = quantized.grid
         self.out_features, self.in_features = quantized.shape
@@ -38,7 +50,7 @@ class QuantLinear(nn.Module):
         for name, tensor in packed.items():
             self.register_buffer(name, tensor)
         if path.activation is not None and path.activation.static:
-            scale, zero = static if static is not None else path.activation.scale_and_zero(*torch.zeros(2, 1))
+            scale, zero = static if static is not None else path.activation.fit(torch.zeros(1))
             self.register_buffer("input_scale", scale)
             self.register_buffer("input_zero", zero)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

@@ -4,12 +4,14 @@ Each function returns what was configured and the rows that were measured; ``lqe
 provenance. Timings are raw samples of a synchronized clock after a warm-up, never an assertion.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -22,18 +24,21 @@ import typer
 from torch import nn
 
 import lqedu
+from lqedu import training
 from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
 from lqedu.formats.kv import KVInt
 from lqedu.formats.progressive import ProgressiveGrid, progressive_quantize
+from lqedu.formats.smallfloat import E4M3
 from lqedu.methods import AWQ, GPTQ, HQQ, QQQ, RTN, Method, QoQ, QuaRot, QuIP, SmoothQuant, SpinQuant
 from lqedu.models import weights_sha256
 from lqedu.models.anatomy import linears
 from lqedu.models.copying import copy_sharing_tensors
 from lqedu.rounding import nearest
 from lqedu.runtime import quantized_linears
+from lqedu.training.scaling import DelayedScaling, Recipe
 from lqedu.transforms.rotation import rotate_model
 
 CALIBRATION = {"corpus": "sotu", "split": "calibration", "windows": 32, "length": 512, "seed": 0}
@@ -447,6 +452,105 @@ def kv_cache(device: str) -> Measurement:
             rows[-1]["same_arg_max"] = same
             print(f"  same arg-max: {same:.4f}", flush=True)
     return bench.configuration() | {"prompts": {"count": len(prompts), "length": 256}, "smoothing_windows": 8}, rows
+
+
+_SMALL = {  # what chapter 17 trains: on a GPU, and on two cores
+    "cuda": {"layers": 4, "hidden_size": 128, "steps": 1000, "batch": 16, "length": 128, "seeds": 5},
+    "cpu": {"layers": 2, "hidden_size": 128, "steps": 300, "batch": 8, "length": 128, "seeds": 3},
+}
+_RECIPES: dict[str, tuple[Recipe | None, float]] = {  # and the scale of the loss
+    "FP32": (None, 1.0),
+    "FP32, nudged": (None, 1.0),  # weights changed by a millionth at the start: what differences mean nothing
+    "hybrid, current": (Recipe(scaling="current"), 1.0),
+    "hybrid, delayed": (Recipe(), 1.0),
+    "hybrid, delayed, history 16": (Recipe(history=16), 1.0),
+    "E4M3, current": (Recipe(gradient=E4M3, scaling="current"), 1.0),
+    "E4M3, delayed": (Recipe(gradient=E4M3), 1.0),
+    "E4M3, unscaled": (Recipe(gradient=E4M3, scaling="none"), 1.0),
+    "hybrid, unscaled": (Recipe(scaling="none"), 1.0),
+    "E4M3, loss scale 2^14": (Recipe(gradient=E4M3, scaling="none"), 2.0**14),
+    "hybrid, loss scale 2^16": (Recipe(scaling="none"), 2.0**16),
+    "hybrid, stale after step 10": (Recipe(), 1.0),  # no update from then on
+}
+_LOSSES_EVERY = 10  # steps, averaged
+_FP8_WORKERS = 8  # processes that share a GPU, which one small model leaves idle
+
+
+def fp8_training(device: str) -> Measurement:
+    """Chapter 17: a small Llama over bytes trained with linear layers in FP8, by recipe, several seeds, beside FP32.
+
+    Losses are means of ten steps in nats per byte, on the text that is trained on; the samples are losses on held-out
+    text after the last step, a seed each. Differences are paired: a seed is the same weights and the same batches.
+    """
+    import numpy
+
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    small = _SMALL[kind]
+    jobs = [(device, name, seed) for name in _RECIPES for seed in range(small["seeds"])]
+    if kind == "cuda":
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(_FP8_WORKERS, mp_context=context) as pool:
+            runs = list(pool.map(_train_small, jobs))
+    else:
+        runs = [_train_small(job) for job in jobs]
+    rows, base = [], [held_out for _, held_out in runs[: small["seeds"]]]
+    for i, (name, (recipe, loss_scale)) in enumerate(_RECIPES.items()):
+        mine = runs[i * small["seeds"] : (i + 1) * small["seeds"]]
+        difference = numpy.array([held_out for _, held_out in mine]) - numpy.array(base)
+        rows.append({
+            "name": name,
+            "loss_scale": loss_scale,
+            **({} if recipe is None else {k: getattr(v, "name", v) for k, v in vars(recipe).items()}),
+            "losses": [losses for losses, _ in mine],
+            "held_out": float(numpy.mean([held_out for _, held_out in mine])),
+            "delta": float(difference.mean()),
+            "delta_stderr": float(difference.std(ddof=1) / len(difference) ** 0.5),
+            "samples": [round(held_out, 6) for _, held_out in mine],
+            "unit": "nats per byte on held-out text, by seed",
+        })  # fmt: skip
+        print(
+            f"{name}: {rows[-1]['held_out']:.4f}, {rows[-1]['delta']:+.4f} ± {rows[-1]['delta_stderr']:.4f}", flush=True
+        )
+    parameters = sum(p.numel() for p in _small_model(small, 0).parameters())
+    return small | {
+        "model": "small Llama over bytes", "parameters": parameters, "corpus": "sotu", "losses_every": _LOSSES_EVERY,
+        "optimizer": "AdamW, 2e-3, 20 steps of warm-up, cosine to a tenth, gradients clipped at norm 1",
+        "held_out_windows": 128,
+    }, rows  # fmt: skip
+
+
+def _small_model(small: dict[str, int], seed: int) -> nn.Module:
+    return training.small_llama(seed, hidden_size=small["hidden_size"], layers=small["layers"])
+
+
+def _train_small(job: tuple[str, str, int]) -> tuple[list[float], float]:
+    """Losses of one run and its loss on held-out text; a function of its own, so that a process can run it."""
+    device, name, seed = job
+    if device.startswith("cuda"):
+        torch.set_num_threads(1)
+    small, (recipe, loss_scale) = _SMALL["cuda" if device.startswith("cuda") else "cpu"], _RECIPES[name]
+    texts = {split: lqedu.load_corpus("sotu", split=split) for split in ("calibration", "evaluation")}
+    shape = {"length": small["length"], "seed": seed}
+    batches = training.byte_batches(texts["calibration"], steps=small["steps"], batch=small["batch"], **shape)
+    held_out = training.byte_batches(texts["evaluation"], steps=1, batch=128, length=small["length"], seed=0)[0]
+    model = _small_model(small, seed)
+    if name == "FP32, nudged":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 1 + 1e-6
+    model = (model if recipe is None else training.convert(model, recipe)).to(device)
+    stop = _stop_updates if "stale" in name else None
+    done = training.train(model, batches, loss_scale=loss_scale, after_step=stop)
+    losses = torch.tensor(done.losses).unfold(0, _LOSSES_EVERY, _LOSSES_EVERY).mean(1)
+    return [round(loss, 4) for loss in losses.tolist()], training.evaluate(done.model, held_out)
+
+
+def _stop_updates(step: int, model: nn.Module) -> None:
+    """After step 10 the scales stay what they are, as when nothing calls the update any more."""
+    if step == 10:
+        for module in model.modules():
+            if isinstance(module, DelayedScaling):
+                module.interval = 10**9
 
 
 def _rounded(w: torch.Tensor, grid: IntGrid | ProgressiveGrid) -> torch.Tensor:
@@ -870,6 +974,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "qqq": qqq,
     "qoq": qoq,
     "kv-cache": kv_cache,
+    "fp8-training": fp8_training,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,
     "ceilings": ceilings,

@@ -57,3 +57,16 @@ def test_the_gradient_that_follows_the_scale_has_the_values_and_euler_s_identity
     wanted = (v * y.detach()).sum(1)
     assert torch.allclose((gradient * x).sum(1), wanted, rtol=2e-3, atol=2e-3)  # FP16 scales are not quite homogeneous
     assert not torch.allclose((v * x.detach()).sum(1), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_fp8_training_trains_every_recipe_from_the_same_start(monkeypatch):
+    tiny = {"layers": 1, "hidden_size": 32, "steps": 20, "batch": 2, "length": 16, "seeds": 2}
+    monkeypatch.setitem(measure._SMALL, "cpu", tiny)
+    configuration, rows = measure.MEASUREMENTS["fp8-training"]("cpu")
+    assert configuration["steps"] == 20 and configuration["parameters"] > 20_000
+    assert [row["name"] for row in rows] == list(measure._RECIPES)
+    by_name = {row["name"]: row for row in rows}
+    assert all(len(row["losses"]) == 2 and len(row["losses"][0]) == 2 and len(row["samples"]) == 2 for row in rows)
+    assert by_name["FP32"]["delta"] == 0 and len({row["held_out"] for row in rows}) > 8
+    assert by_name["hybrid, delayed"]["gradient"] == "E5M2" and by_name["E4M3, unscaled"]["gradient"] == "E4M3"
+    assert all(abs(row["losses"][0][0] - by_name["FP32"]["losses"][0][0]) < 0.2 for row in rows)

@@ -2,6 +2,7 @@
 
 from lqedu.methods.awq import AWQ
 from lqedu.methods.base import Answers, Method, available, build, get
+from lqedu.methods.fp8 import FP8
 from lqedu.methods.gptq import GPTQ
 from lqedu.methods.hqq import HQQ
 from lqedu.methods.qoq import QoQ
@@ -14,6 +15,7 @@ from lqedu.methods.spinquant import SpinQuant
 
 __all__ = [
     "AWQ",
+    "FP8",
     "GPTQ",
     "HQQ",
     "QQQ",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lqedu.errors import GridError, UsageError
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
+from lqedu.formats.fp8 import Float8ActivationGrid
 from lqedu.formats.kv import KVInt
 from lqedu.models.anatomy import Stage
 from lqedu.options import check_count
@@ -76,9 +77,16 @@ class Method:
         grid = self.activation_grid()
         return self.needs_calibration or (grid is not None and grid.static)
 
-    def activation_grid(self) -> ActivationGrid | None:
+    def activation_grid(self) -> ActivationGrid | Float8ActivationGrid | None:
         """The grid of the linears' inputs; ``None`` leaves them in floating point."""
         return None
+
+    def keeps(self, linear: str) -> bool:
+        """Whether a linear, named relative to its block, stays as it is. The output head is in no block: it always does.
+
+        For methods without :meth:`prepare_block`, which may change the weights of all linears.
+        """
+        return False
 
     def attention_path(self) -> "AttentionPath | None":
         """How keys and values are stored; ``None`` leaves the attention of transformers alone."""

@@ -62,6 +62,7 @@ def quantize(
     """
     anatomy = describe(model)
     check_request(model, method, calibration)
+    stages = _quantized_stages(anatomy.stages, method)
     unfinished = None if resume_dir is None else UnfinishedRun(resume_dir, model, method, calibration)
     learned = unfinished.read_learned() if unfinished else None
     if learned is None:
@@ -74,13 +75,14 @@ def quantize(
     result.lqedu_notes = method.notes(model)
     result.lqedu_reports = {}
     hidden, kwargs = block_inputs(result, calibration) if method.uses_calibration else (None, {})
-    with tqdm(total=len(linears(model)), desc=method.title, unit="layer", disable=not progress) as bar:
+    total = sum(len(stage.linears) for stage in stages) * len(block_list(model))
+    with tqdm(total=total, desc=method.title, unit="layer", disable=not progress) as bar:
         for index, block in enumerate(block_list(result)):
             prefix = f"{anatomy.blocks}.{index}."
             done = unfinished.read(index) if unfinished else None
             dense_output = run_block(block, hidden, kwargs) if method.calibrates_on == "dense" else None
             if done is None:
-                done, output = _quantize_block(block, anatomy.stages, method, hidden, kwargs, prefix, bar.update)
+                done, output = _quantize_block(block, stages, method, hidden, kwargs, prefix, bar.update)
                 _install(block, done)
                 if unfinished:
                     unfinished.write(index, done)
@@ -135,6 +137,21 @@ def check_request(model: nn.Module, method: Method, calibration: Tensor | None) 
         from lqedu.runtime.attention import check_heads
 
         check_heads(model, path)
+
+
+def _quantized_stages(stages: tuple[Stage, ...], method: Method) -> tuple[Stage, ...]:
+    """The stages of a block less the linears that the method keeps.
+
+    Raises:
+        UsageError: nothing is left to quantize.
+    """
+    wanted = [
+        dataclasses.replace(stage, linears=tuple(name for name in stage.linears if not method.keeps(name)))
+        for stage in stages
+    ]
+    if not any(stage.linears for stage in wanted):
+        raise UsageError(f"{method.title} is asked to keep every linear layer; name fewer of them")
+    return tuple(stage for stage in wanted if stage.linears)
 
 
 def _check_windows(model: nn.Module, calibration: Tensor | None, method: Method) -> None:

@@ -30,14 +30,15 @@ from lqedu.evaluation.perplexity import Perplexity
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
 from lqedu.formats.kv import KVInt
+from lqedu.formats.microscaling import MXFP4, MXFP8, NVFP4, BlockFormat, block_round_trip
 from lqedu.formats.progressive import ProgressiveGrid, progressive_quantize
 from lqedu.formats.smallfloat import E4M3
-from lqedu.methods import AWQ, GPTQ, HQQ, QQQ, RTN, Method, QoQ, QuaRot, QuIP, SmoothQuant, SpinQuant
+from lqedu.methods import AWQ, FP8, GPTQ, HQQ, QQQ, RTN, Method, QoQ, QuaRot, QuIP, SmoothQuant, SpinQuant
 from lqedu.models import weights_sha256
 from lqedu.models.anatomy import linears
 from lqedu.models.copying import copy_sharing_tensors
 from lqedu.rounding import nearest
-from lqedu.runtime import quantized_linears
+from lqedu.runtime import QuantLinear
 from lqedu.training.scaling import DelayedScaling, Recipe
 from lqedu.transforms.rotation import rotate_model
 
@@ -553,6 +554,56 @@ def _stop_updates(step: int, model: nn.Module) -> None:
                 module.interval = 10**9
 
 
+def fp8(device: str) -> Measurement:
+    """Chapter 16: INT8 and FP8 with every kind of scale, E5M2, caches, kept layers, and block formats behind a rotation.
+
+    Block formats of weights and inputs are simulated. Without the rotation 4-bit blocks of 32 would be lossless: SmolLM2's
+    weights lie on such a lattice (chapter 03).
+    """
+    from lqedu.linalg import randomized_hadamard
+    from lqedu.runtime import quantize_kv
+
+    bench = _Bench(device)
+    int8 = RTN(bits=8, group_size=None, symmetric=True, activation_bits=8)
+    rows = [bench.row(None)]
+    rows += [bench.row(replace(int8, activation_bits=None), name="INT8")]
+    rows += [
+        bench.row(replace(int8, activation=activation), name="INT8") for activation in ("token", "tensor", "static")
+    ]
+    rows += [bench.row(SmoothQuant(alpha=0.8, activation=a), name="INT8, smoothed") for a in ("token", "static")]
+    for granularity in ("tensor", "channel", "block"):
+        for activation in ("none", "token", "group", "tensor", "static"):
+            rows.append(bench.row(FP8(granularity=granularity, activation=activation), name="FP8"))
+        for activation in ("none", "token"):
+            searched = FP8(granularity=granularity, activation=activation, search="mse")
+            rows.append(bench.row(searched, name="FP8, searched"))
+    rows.append(bench.named("FP8 keys and values alone", quantize_kv(bench.model, "fp8")))
+    rows.append(bench.row(FP8(kv="fp8"), name="FP8, keys and values too"))
+    rows += [bench.row(FP8(activation=a, format="E5M2"), name="E5M2") for a in ("none", "token", "static")]
+    rows += [bench.row(FP8(activation=a, keep="down_proj"), name="FP8, kept") for a in ("token", "static")]
+
+    rotation = randomized_hadamard(bench.model.config.hidden_size, torch.Generator().manual_seed(0))
+    rotated = rotate_model(bench.model, rotation)
+    methods = [int8, replace(int8, activation="static"), FP8(), FP8(activation="static"), FP8(activation="none")]
+    methods += [RTN(bits=4, group_size=32, symmetric=True, activation_bits=bits) for bits in (None, 4)]
+    rows += [bench.row(method, model=rotated, name="rotated") for method in methods]
+    for form in (MXFP8, MXFP4, NVFP4):
+        for inputs in (False, True):
+            row = bench.named(f"rotated, {form.name}", _in_blocks(rotated, form, inputs=inputs))
+            rows.append(row | {"bits_per_weight": form.bits_per_element, "inputs": inputs})
+    return bench.configuration(), rows
+
+
+def _in_blocks(model: nn.Module, form: BlockFormat, *, inputs: bool) -> nn.Module:
+    """A dense copy whose linears, and where asked their inputs, are rounded to a microscaling format."""
+    result = copy_sharing_tensors(model)
+    for linear in linears(result).values():
+        linear.weight = nn.Parameter(block_round_trip(linear.weight.detach(), form), requires_grad=False)
+        if inputs:
+            linear.register_forward_pre_hook(lambda _, x: (block_round_trip(x[0], form), *x[1:]))
+    return result
+
+
 def _rounded(w: torch.Tensor, grid: IntGrid | ProgressiveGrid) -> torch.Tensor:
     """What a grid makes of a weight, rounded to nearest."""
     stored = progressive_quantize(w, grid) if isinstance(grid, ProgressiveGrid) else nearest(w, grid)[0]
@@ -854,13 +905,14 @@ class _Bench:
         labels: dict[str, str],
     ) -> dict[str, Any]:
         losses = quantized.lqedu_learned.get("losses")
-        layers = quantized_linears(quantized).values()
+        layers = linears(quantized).values()
         weights = sum(layer.in_features * layer.out_features for layer in layers)
+        stored = sum(layer.nbytes if isinstance(layer, QuantLinear) else 2 * layer.weight.numel() for layer in layers)
         row = labels | {
             "method": method.name,
             **method.options(),
             "calibration_windows": windows if method.uses_calibration else 0,
-            "bits_per_weight": 8 * sum(layer.nbytes for layer in layers) / weights,
+            "bits_per_weight": 8 * stored / weights,  # a layer that a method keeps counts as FP16
             **_quality(result, self.dense),
             "proxy_loss": _total([report.proxy_loss for report in quantized.lqedu_reports.values()]),
             "max_attempts": max(report.attempts for report in quantized.lqedu_reports.values()),
@@ -974,6 +1026,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "qqq": qqq,
     "qoq": qoq,
     "kv-cache": kv_cache,
+    "fp8": fp8,
     "fp8-training": fp8_training,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,

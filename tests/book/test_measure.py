@@ -43,6 +43,23 @@ def test_qqq_has_a_row_for_every_width_behind_the_same_weights(monkeypatch):
     assert all(len(row["samples"]) == 3 for row in rows)
 
 
+def test_fp8_has_a_row_for_every_granularity_and_block_formats_behind_a_rotation(monkeypatch):
+    monkeypatch.setattr(measure, "_Bench", _TinyBench)
+    _, rows = measure.MEASUREMENTS["fp8"]("cpu")
+    plain = [row for row in rows if row.get("name") == "FP8"]
+    assert len({(row["granularity"], row["activation"]) for row in plain}) == len(plain) == 3 * 5
+    searched = [row for row in rows if row.get("name") == "FP8, searched"]
+    assert len(searched) == 3 * 2 and {row["search"] for row in searched} == {"mse"}
+    blocks = [row for row in rows if str(row.get("name")).startswith("rotated, ")]
+    assert {(row["name"].removeprefix("rotated, "), row["bits_per_weight"], row["inputs"]) for row in blocks} == {
+        (name, bits, inputs) for name, bits in (("MXFP8", 8.25), ("MXFP4", 4.25), ("NVFP4", 4.5)) for inputs in (0, 1)
+    }
+    whole, kept = ([r for r in rows if r.get("name") == n][0] for n in ("FP8", "FP8, kept"))  # noqa: RUF015
+    assert 8 < whole["bits_per_weight"] < 9 < kept["bits_per_weight"] < 12  # a fifth of the weights in 16 bits
+    assert len({row["nll"] for row in rows}) > 0.7 * len(rows)  # one group is a token here, one block may be a tensor
+    assert all(len(row["samples"]) == 3 for row in rows)
+
+
 @pytest.mark.parametrize(
     "grid", [ActivationGrid(4), ActivationGrid(4, symmetric=False, clip_ratio=0.8), KVInt(4, zero_point="integer")]
 )

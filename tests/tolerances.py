@@ -8,3 +8,5 @@ FP32_TIES = 1e-3
 #: Largest difference of a dequantized weight between two float32 computations of the same scale and code: weights are
 #: below 1, scales agree to a few units in the last place, codes are at most 15.
 PEER_WEIGHT = 1e-6
+#: Relative error of a layer's output when FP8 tensor cores form the sums: 2^-13 measured on an H200, for random numbers.
+FP8_TENSOR_CORES = 2.0**-11

@@ -18,6 +18,7 @@ from torch import Tensor
 from lqedu.errors import GridError
 from lqedu.formats.integer import check_weight
 from lqedu.formats.packing import pack, packed_width, unpack
+from lqedu.formats.stored import StoredWeight
 
 #: Largest channel code for which every *rounded* weight decodes inside int8: 119 with :attr:`ProgressiveGrid.zero` "code",
 #: one more with "offset". A search over all groups finds both (chapter ``12-progressive``).
@@ -166,7 +167,7 @@ class ProgressiveGrid:
 
 
 @dataclass(frozen=True)
-class ProgressiveTensor:
+class ProgressiveTensor(StoredWeight):
     """A weight on a progressive grid.
 
     Attributes:
@@ -182,21 +183,6 @@ class ProgressiveTensor:
     group_scale: Tensor
     zero: Tensor
     grid: ProgressiveGrid
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return tuple(self.codes.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
-        return self.grid.nbytes(self.shape)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight."""
-        return self.grid.bits_per_weight(self.shape)
 
     def int8(self) -> Tensor:
         """The channel codes that enter the product, int8 ``[out, in]`` (GridError as in ``decode_int8``)."""

@@ -11,10 +11,11 @@ from torch import Tensor
 from lqedu.errors import GridError
 from lqedu.formats.integer import IntGrid
 from lqedu.formats.packing import pack, packed_width, unpack
+from lqedu.formats.stored import StoredWeight
 
 
 @dataclass(frozen=True)
-class QTensor:
+class QTensor(StoredWeight):
     """Codes ``[out, in]`` with the scales and zero points that decode them: ``w_hat = s * (q - z)``.
 
     >>> w = torch.tensor([[-1.0, -0.5, 0.25, 0.5]])
@@ -62,21 +63,6 @@ class QTensor:
         zero = None if grid.symmetric else torch.zeros(grid.scale_shape(shape), dtype=grid.zero_dtype)
         return cls(torch.zeros(shape, dtype=grid.code_dtype), scale, zero, grid)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return tuple(self.codes.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed codes, scales and zero points."""
-        return self.grid.nbytes(self.shape)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales and zero points counted."""
-        return self.grid.bits_per_weight(self.shape)
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``w_hat = s * (q - z)``, ``[out, in]``."""
         return self.grid.decode(self.codes, self.scale, self.zero, dtype)
@@ -86,7 +72,7 @@ class QTensor:
 
         Integer zero points are a uint8 bit stream too; float ones stay as they are.
 
-        Their sizes add up to :attr:`nbytes`. :meth:`from_packed` is the inverse.
+        Their sizes add up to ``nbytes``. :meth:`from_packed` is the inverse.
         """
         unsigned = (self.codes.to(torch.int16) - self.grid.code_min).to(torch.uint8)
         tensors = {"codes": pack(unsigned, self.grid.bits), "scale": self.scale.contiguous()}

@@ -20,6 +20,7 @@ from lqedu.errors import GridError
 from lqedu.formats.integer import IntGrid
 from lqedu.formats.packing import pack, packed_width, unpack
 from lqedu.formats.qtensor import QTensor
+from lqedu.formats.stored import StoredWeight
 
 _TOP = 127  # largest magnitude of a second code
 _HALF_RANGE = 8  # codes are stored unsigned, 0 to 15, with this zero point
@@ -105,7 +106,7 @@ class RequantizedGrid:
 
 
 @dataclass(frozen=True)
-class RequantizedTensor:
+class RequantizedTensor(StoredWeight):
     """A weight in 4-bit groups with the scales of its second rounding.
 
     Attributes:
@@ -119,21 +120,6 @@ class RequantizedTensor:
     channel_scale: Tensor
     group_ratio: Tensor
     grid: RequantizedGrid
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return tuple(self.codes.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
-        return self.grid.nbytes(self.shape)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight."""
-        return self.grid.bits_per_weight(self.shape)
 
     def int8(self) -> Tensor:
         """The second codes that enter the product, int8 ``[out, in]`` (GridError as in ``decode_int8``)."""

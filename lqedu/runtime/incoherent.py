@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
+from lqedu.formats.stored import StoredWeight
 from lqedu.linalg.orthogonal import KroneckerRotation, order_dtype
 from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.linear import QuantLinear
@@ -104,7 +105,7 @@ class IncoherentLayout:
 
 
 @dataclass(frozen=True, eq=False)
-class IncoherentWeight:
+class IncoherentWeight(StoredWeight):
     """A quantized weight in a rotated basis, and the transforms that lead there.
 
     Attributes:
@@ -116,26 +117,16 @@ class IncoherentWeight:
     transforms: Incoherence
 
     @property
+    def codes(self) -> Tensor:
+        """Of the rotated weight, ``[out, in]``."""
+        return self.rotated.codes
+
+    @property
     def grid(self) -> IncoherentLayout:
         """The layout: the grid of the rotated weight and the sizes of the transforms."""
         t = self.transforms
         sizes = [None if r is None else (len(r.left), len(r.right)) for r in (t.u, t.v)]
         return IncoherentLayout(self.rotated.grid, *sizes, t.channel_scale is not None)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.rotated.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything stored."""
-        return self.grid.nbytes(self.shape)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight, everything counted."""
-        return self.grid.bits_per_weight(self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``U^T Ŵ' V D^-1`` of the original basis, ``[out, in]``."""

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from lqedu.errors import GridError
+from lqedu.formats import fp8
 from lqedu.formats.packing import pack, packed_width, unpack
+from lqedu.formats.smallfloat import E4M3
 from lqedu.options import check_count, check_number
 
 
@@ -164,19 +166,19 @@ class KVFloat8(KVGrid):
 
     def quantize(self, x: Tensor) -> Codes:
         """The nearest values of E4M3; ties go to the even code."""
-        x, top = x.to(torch.float32), torch.finfo(torch.float8_e4m3fn).max
-        scale = _half(x.abs().amax(-1, keepdim=True) / top)
-        # a scale that was rounded down takes the largest value beyond the largest code
-        return Codes((x / scale).clamp_(-top, top).to(torch.float8_e4m3fn).to(torch.float32), scale)
+        x = x.to(torch.float32)
+        scale = _half(x.abs().amax(-1, keepdim=True) / E4M3.max)
+        # a scale that was rounded down takes the largest value beyond the largest code: it saturates
+        return Codes(fp8.decode(fp8.encode(x / scale)), scale)
 
     def _code_bytes(self, head_dim: int) -> int:
         return head_dim
 
     def _pack(self, codes: Tensor) -> Tensor:
-        return codes.to(torch.float8_e4m3fn).view(torch.uint8)
+        return fp8.encode(codes)
 
     def _unpack(self, packed: Tensor, head_dim: int) -> Tensor:
-        return packed.view(torch.float8_e4m3fn).to(torch.float32)
+        return fp8.decode(packed)
 
 
 def kv_grid(spec: int | str | KVGrid) -> KVGrid | None:

@@ -58,7 +58,8 @@ class FloatFormat:
     @property
     def max(self) -> float:
         """Largest finite value."""
-        return float(self.decode(torch.tensor(self.top_code, dtype=torch.uint8)))
+        e, m = divmod(self.top_code, 1 << self.mantissa_bits)
+        return ((1 << self.mantissa_bits) + m) * 2.0 ** (e - self.bias - self.mantissa_bits)
 
     @property
     def smallest_normal(self) -> float:

@@ -603,6 +603,29 @@ def _in_blocks(model: nn.Module, form: BlockFormat, *, inputs: bool) -> nn.Modul
     return result
 
 
+def kv_length(device: str) -> Measurement:
+    """Chapter 15: 4-bit caches of windows of 4,096 tokens, with mean keys from texts of 512 and of 4,096 tokens.
+
+    Behind RoPE the mean key depends on the positions it is taken over.
+    """
+    from lqedu.runtime import quantize_kv
+
+    length, windows = 4096, 32
+    bench = _Bench(device, windows=windows)
+    text = lqedu.load_corpus(EVALUATION["corpus"], split="evaluation")
+    bench.windows = lqedu.token_windows(bench.tokenizer, text, length=length, count=windows)
+    bench.batch_size = 8 if device == "cuda" else 1
+    bench.dense = lqedu.perplexity(bench.model, bench.windows, batch_size=bench.batch_size)
+    rows = [bench.row(None)]
+    caches: dict[str, dict[str, Any]] = {"KV4": {}, "KV4, Hadamard": {"hadamard": True}}
+    for size in (512, length):
+        means = lqedu.token_windows(bench.tokenizer, bench.text, length=size, count=8192 // size, seed=0)
+        caches[f"KV4, centred by {size}, Hadamard"] = {"hadamard": True, "centre": means}
+    rows += [bench.named(name, quantize_kv(bench.model, 4, **options)) for name, options in caches.items()]
+    configuration = bench.configuration()
+    return configuration | {"evaluation": configuration["evaluation"] | {"length": length}}, rows
+
+
 def _rounded(w: torch.Tensor, grid: IntGrid | ProgressiveGrid) -> torch.Tensor:
     """What a grid makes of a weight, rounded to nearest."""
     stored = progressive_quantize(w, grid) if isinstance(grid, ProgressiveGrid) else nearest(w, grid)[0]
@@ -1025,6 +1048,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "qqq": qqq,
     "qoq": qoq,
     "kv-cache": kv_cache,
+    "kv-length": kv_length,
     "fp8": fp8,
     "fp8-training": fp8_training,
     "bench-noise": bench_noise,

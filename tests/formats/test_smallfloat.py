@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import lqedu
 from lqedu.errors import UsageError
 from lqedu.formats import fp8
 from lqedu.formats.smallfloat import E2M1, E2M3, E3M2, E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, E8M0, FORMATS
@@ -133,6 +134,10 @@ def test_the_entry_is_the_definition():
         fp8.encode(torch.tensor([1]))
     with pytest.raises(UsageError, match="uint8"):
         fp8.decode(torch.tensor([1]))
+
+
+def test_the_entry_needs_no_import_of_its_own():
+    assert lqedu.formats.fp8.encode is fp8.encode and lqedu.formats.fp8.decode is fp8.decode
 
 
 def test_powers_of_two():

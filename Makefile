@@ -88,7 +88,7 @@ site: $(VENV)/stamp-all
 	rm -rf _build/.doctrees $(HTML)
 	$(BIN)/jupyter-book build . -n -W --keep-going
 	@$(MAKE) --no-print-directory trim
-	$(BIN)/python -m pytest tests/site -m site -v
+	$(BIN)/python -m pytest tests/site -m site -n 2 -v
 
 # One after the other, whatever -j says; the last line is pytest's.
 test: $(VENV)/stamp-all

@@ -53,6 +53,7 @@ function drawShares(root, width, steps) {
   });
 }
 
+const times = (j) => (j < 0 ? `÷ ${2 ** -j}` : `× ${2 ** j}`);
 const percent = (v) => `${(100 * v).toFixed(1)} %`;
 
 function describe({ format, scaling, reach, margin, jump, lasting }, steps) {
@@ -60,7 +61,7 @@ function describe({ format, scaling, reach, margin, jump, lasting }, steps) {
   const long = steps.filter((s) => s.lost > 2 * steps[AT - 1].lost && s.lost > 0.01).length;
   const source = scaling === "current" ? "the tensor itself" : `the last ${2 ** reach} step${reach ? "s" : ""}`;
   return (
-    `${format}, scale from ${source}, margin ${margin}; at step ${AT} the amax changes by 2^${jump}, ` +
+    `${format}, scale from ${source}, margin ${margin}; the amax ${times(jump)} at step ${AT}, ` +
     `${lasting ? "for good" : "for one step"}. ${percent(steps[AT].saturated)} of the values saturate at that step ` +
     `(${bad} steps have some). At most ${percent(worst)} of the values become zero; in ${long} steps that share is ` +
     `above one percent and more than twice what it was before.`
@@ -74,7 +75,7 @@ export default {
       scaling: choice({ label: "scaling", options: [["delayed", "delayed"], ["current", "current"]] }),
       reach: slider({ label: "history", min: 0, max: 6, format: (h) => `${2 ** h} step${h ? "s" : ""}` }),
       margin: slider({ label: "margin", min: 0, max: 8 }),
-      jump: slider({ label: "jump", min: -12, max: 12, format: (j) => `2^${j}` }),
+      jump: slider({ label: "jump", min: -12, max: 12, format: times }),
       lasting: toggle({ label: "the jump lasts" }),
     };
     const fixed = { noise: model.get("noise"), levels: model.get("levels") };

@@ -8,9 +8,10 @@ be replaced while it runs) is what the next one sees.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lqedu.errors import UnsupportedModelError
+from lqedu.errors import CalibrationError, UnsupportedModelError
 from lqedu.models.anatomy import block_list
 from lqedu.models.modes import inference
 
@@ -114,4 +115,19 @@ def _check_masks(model: nn.Module, length: int) -> None:
     if len(set(getattr(model.config, "layer_types", None) or ())) > 1 and window is not None and length > window:
         raise UnsupportedModelError(
             f"some blocks of this model attend to the last {window} tokens only; use windows of at most {window} tokens"
+        )
+
+
+def check_windows(model: nn.Module, windows: Tensor) -> None:
+    """Refuse (CalibrationError) what is no batch of token ids ``[windows, length]`` of the model's vocabulary."""
+    if not isinstance(windows, Tensor) or windows.dtype != torch.int64 or windows.dim() != 2:
+        raise CalibrationError(
+            "calibration must be int64 token ids of shape [windows, length]; see lqedu.token_windows"
+        )
+    if windows.numel() == 0:
+        raise CalibrationError("calibration holds no tokens; use more windows or a longer text")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if int(windows.min()) < 0 or int(windows.max()) >= vocabulary:
+        raise CalibrationError(
+            f"calibration holds token ids outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
         )

@@ -53,7 +53,7 @@ class KVGrid(ABC):
         """Codes, scale and zero point of keys or values ``[..., head_dim]``; nothing but zeros gets scale 1.
 
         Raises:
-            GridError: values that are not finite, or a scale beyond FP16.
+            GridError: no floating-point vectors, values that are not finite, or a scale beyond FP16.
         """
 
     @abstractmethod
@@ -136,7 +136,7 @@ class KVInt(KVGrid):
 
     def quantize(self, x: Tensor) -> Codes:
         """Codes 0 to 2**b - 1, and a zero point in the same range."""
-        x, top = x.to(torch.float32), (1 << self.bits) - 1
+        x, top = _vectors(x), (1 << self.bits) - 1
         lo, hi = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
         scale = _half(self.clip_ratio * (hi - lo) / top)
         zero = (self.clip_ratio * lo.abs() / scale).clamp_(max=top)
@@ -166,7 +166,7 @@ class KVFloat8(KVGrid):
 
     def quantize(self, x: Tensor) -> Codes:
         """The nearest values of E4M3; ties go to the even code."""
-        x = x.to(torch.float32)
+        x = _vectors(x)
         scale = _half(x.abs().amax(-1, keepdim=True) / E4M3.max)
         # a scale that was rounded down takes the largest value beyond the largest code: it saturates
         return Codes(fp8.decode(fp8.encode(x / scale)), scale)
@@ -209,15 +209,24 @@ def kv_grid_from_dict(d: dict[str, Any]) -> KVGrid:
         GridError: an unknown kind, or unknown or missing fields.
     """
     kinds = {cls.kind: cls for cls in (KVInt, KVFloat8)}
-    cls = kinds.get(d.get("kind")) if isinstance(d, dict) else None
+    cls = kinds.get(str(d.get("kind"))) if isinstance(d, dict) else None
     if cls is None or d.keys() != cls().to_dict().keys():
         raise GridError(f"a grid of keys and values is of a kind in {sorted(kinds)} with its fields, got {d!r}")
     return cls(**{key: value for key, value in d.items() if key != "kind"})
+
+
+def _vectors(x: Tensor) -> Tensor:
+    """Keys or values in float32."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        raise GridError("keys and values are a floating-point tensor [..., head_dim] with a feature or more")
+    return x.to(torch.float32)
 
 
 def _half(scale: Tensor) -> Tensor:
     """A scale rounded to FP16, in float32; 1 where there is nothing to scale."""
     half = scale.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
-        raise GridError("the keys or values hold NaN or infinities, or their range is beyond an FP16 scale")
+        raise GridError(
+            "the keys or values hold NaN or infinities, or their range is beyond an FP16 scale; check the model and its text"
+        )
     return torch.where(half == 0, torch.ones_like(half), half).to(torch.float32)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lqedu.errors import GridError
-from lqedu.formats.integer import check_weight
+from lqedu.formats.integer import IntGrid, check_weight
 from lqedu.formats.packing import pack, packed_width, unpack
 from lqedu.formats.stored import StoredWeight
+from lqedu.options import check_count
 
 #: Largest channel code for which every *rounded* weight decodes inside int8: 119 with :attr:`ProgressiveGrid.zero` "code",
 #: one more with "offset". A search over all groups finds both (chapter ``12-progressive``).
@@ -48,14 +49,12 @@ class ProgressiveGrid:
     protective: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
-            raise GridError(f"group_size is a positive number of inputs, got {self.group_size!r}")
+        check_count("group_size", self.group_size, least=1, error=GridError)
         if self.zero not in PROTECTIVE:
             raise GridError(f"zero is 'code' or 'offset', got {self.zero!r}")
         if self.protective is None:
             object.__setattr__(self, "protective", PROTECTIVE[self.zero])
-        if not 15 <= self.protective <= 127:
-            raise GridError(f"protective is a channel code between 15 and 127, got {self.protective!r}")
+        check_count("protective", self.protective, least=15, most=127, error=GridError)
 
     def scale_shape(self, weight_shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of the group scales of a weight ``[out, in]``.
@@ -63,12 +62,7 @@ class ProgressiveGrid:
         Raises:
             GridError: the group size does not divide the inputs.
         """
-        rows, columns = weight_shape
-        if columns % self.group_size:
-            raise GridError(
-                f"group_size {self.group_size} does not divide the {columns} inputs of {list(weight_shape)}"
-            )
-        return rows, columns // self.group_size
+        return IntGrid(4, granularity="group", group_size=self.group_size).scale_shape(weight_shape)
 
     def nbytes(self, weight_shape: tuple[int, int]) -> int:
         """Bytes of packed codes, channel scales (float16), group scales (int8) and zero points.
@@ -245,6 +239,8 @@ def progressive_quantize(weight: Tensor, grid: ProgressiveGrid) -> ProgressiveTe
     >>> q.int8(), q.group_scale
     (tensor([[ 10, -20,   8, 120]], dtype=torch.int8), tensor([[2, 8]], dtype=torch.uint8))
     """
+    if not isinstance(grid, ProgressiveGrid):
+        raise GridError(f"a weight is rounded on two levels by a ProgressiveGrid, got {grid!r}")
     channel, group, zero = grid.fit(weight)
     result = ProgressiveTensor(grid.encode(weight, channel, group, zero), channel, group, zero, grid)
     result.int8()  # raises where a kernel would wrap

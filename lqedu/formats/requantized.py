@@ -21,6 +21,7 @@ from lqedu.formats.integer import IntGrid
 from lqedu.formats.packing import pack, packed_width, unpack
 from lqedu.formats.qtensor import QTensor
 from lqedu.formats.stored import StoredWeight
+from lqedu.options import check_count
 
 _TOP = 127  # largest magnitude of a second code
 _HALF_RANGE = 8  # codes are stored unsigned, 0 to 15, with this zero point
@@ -40,8 +41,7 @@ class RequantizedGrid:
     group_size: int = 128
 
     def __post_init__(self) -> None:
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
-            raise GridError(f"group_size is a positive number of inputs, got {self.group_size!r}")
+        check_count("group_size", self.group_size, least=1, error=GridError)
 
     def scale_shape(self, weight_shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of the group scales of a weight ``[out, in]`` (GridError where the group size does not divide)."""
@@ -184,6 +184,8 @@ def requantize(groups: QTensor) -> RequantizedTensor:
     >>> q.codes, q.int8()
     (tensor([[ 4, -7,  0,  7]], dtype=torch.int8), tensor([[ 12, -21,   0, 127]], dtype=torch.int8))
     """
+    if not isinstance(groups, QTensor):
+        raise GridError(f"a second level goes on a rounded weight (QTensor), got {type(groups).__name__}")
     grid = groups.grid
     if grid.bits != 4 or not grid.symmetric or grid.granularity != "group" or grid.axis != 1:
         raise GridError(f"a second level goes on symmetric 4-bit groups along the inputs, got {grid}")

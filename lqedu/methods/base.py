@@ -223,6 +223,8 @@ class QuantizedActivations(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("activation_bits", "kv_bits"):  # before the grids, which know them as "bits"
+            if getattr(self, name) == 16:
+                raise GridError(f"{name}=None leaves floating point; use it instead of 16")
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least=2, most=8, error=GridError)
         if self.activation not in ("token", "tensor", "static"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lqedu.calibration.capture import block_inputs, run_block
+from lqedu.calibration.capture import block_inputs, check_windows, run_block
 from lqedu.checkpoint.unfinished import Block, Layer, UnfinishedRun
 from lqedu.errors import CalibrationError, GridError, LqeduError, NotPositiveDefiniteError, UsageError
 from lqedu.formats.integer import check_weight
@@ -157,15 +157,7 @@ def _quantized_stages(stages: tuple[Stage, ...], method: Method) -> tuple[Stage,
 def _check_windows(model: nn.Module, calibration: Tensor | None, method: Method) -> None:
     if calibration is None:
         raise CalibrationError(f"{method.title} needs calibration windows; pass calibration=lqedu.token_windows(...)")
-    if not isinstance(calibration, Tensor) or calibration.dtype != torch.int64 or calibration.dim() != 2:
-        raise CalibrationError("calibration must be int64 token ids of shape [windows, length]")
-    if calibration.numel() == 0:
-        raise CalibrationError("calibration holds no tokens; use more windows or a longer text")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if int(calibration.min()) < 0 or int(calibration.max()) >= vocabulary:
-        raise CalibrationError(
-            f"calibration holds token ids outside the model's vocabulary of {vocabulary}; use the model's own tokenizer"
-        )
+    check_windows(model, calibration)
 
 
 def _quantize_block(

@@ -84,6 +84,8 @@ def describe(model: nn.Module) -> Anatomy:
     Raises:
         UnsupportedModelError: its type is not described here; the sentence lists those that are.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"a model of transformers is needed, got {model!r}; lqedu.load_model gives one")
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type in _LLAMA_LIKE:
@@ -105,7 +107,8 @@ def describe(model: nn.Module) -> Anatomy:
 
 def block_list(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks, in order (UnsupportedModelError as in :func:`describe`)."""
-    return model.get_submodule(describe(model).blocks)
+    blocks = describe(model).blocks  # refuses what is no model before it is asked for anything
+    return model.get_submodule(blocks)
 
 
 def head_dim(model: nn.Module) -> int:

@@ -48,6 +48,9 @@ class AttentionPath:
     centred: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("hadamard", "centred"):
+            if not isinstance(getattr(self, name), bool):
+                raise GridError(f"{name} is True or False, got {getattr(self, name)!r}")
         for grid in (self.key, self.value):
             if not isinstance(grid, KVGrid | None):
                 raise GridError(f"keys and values need a scale for each token, as in lqedu.formats.kv, got {grid!r}")
@@ -100,7 +103,7 @@ def check_heads(model: nn.Module, path: AttentionPath) -> None:
     if path.hadamard and hadamard_block(size) != size:
         raise UsageError(
             f"keys are transformed over each head, and no Hadamard matrix of order {size} is known; "
-            "use kv_bits=None, or hadamard=False"
+            "leave the keys as they are: hadamard=False, or kv_bits=None of a method"
         )
 
 
@@ -143,9 +146,10 @@ def attention(
     if key.dtype != torch.uint8:  # floats, from no cache of ours
         key, value = path.store(centred(key, module._buffers.get(MEAN)), value)
     else:
+        _check_maker(key, path, module._buffers.get(MEAN))
         codes = path.unpack(key, value, query)
         rounded = path.key is not None or path.value is not None
-        if rounded and query.shape[1] // key.shape[1] * query.shape[2] < query.shape[3]:
+        if rounded and 3 * (query.shape[1] // key.shape[1] * query.shape[2]) < 2 * query.shape[3]:  # see attend_codes
             output = attend_codes(query, *codes, attention_mask, scaling=kwargs.get("scaling"))
             return output.transpose(1, 2).contiguous(), None
         key, value = (x.values().to(query.dtype) for x in codes)
@@ -161,8 +165,9 @@ def attend_codes(
 
         q · k = s_k (q · c_k - z_k Σ q)            Σ p v = Σ (p s_v) c_v - Σ p s_v z_v
 
-    so a token of a head costs a few operations beside its products with the codes, where dequantizing it costs two for
-    each element. That pays while fewer than ``head_dim`` queries share a key head, as when a text is continued.
+    so a stored token costs six operations for each query that reads it beside its products with the codes, where
+    dequantizing key and value costs four for each feature. That pays while fewer than ``2/3 head_dim`` queries share a
+    key head, as when a text is continued.
 
     Args:
         query: ``[batch, heads, tokens, head_dim]``; ``heads`` is a multiple of the heads of ``key`` (grouped queries).
@@ -173,9 +178,18 @@ def attend_codes(
 
     Returns:
         ``[batch, heads, tokens, head_dim]`` in the dtype of ``query``; computed in float32 or higher.
+
+    Raises:
+        UsageError: shapes that do not fit each other.
     """
     batch, heads, tokens, size = query.shape
     kv_heads, stored = key.codes.shape[1:3]
+    fits = all(tuple(codes.codes.shape) == (batch, kv_heads, stored, size) for codes in (key, value))
+    if not fits or heads % kv_heads or (mask is None and stored < tokens):
+        raise UsageError(
+            f"queries {list(query.shape)} do not fit keys {list(key.codes.shape)} and values {list(value.codes.shape)}: "
+            "batch, head size and stored tokens are equal, query heads a multiple of key heads"
+        )
     dtype = torch.promote_types(query.dtype, torch.float32)
     key, value = (Codes(*(part if part is None else part.to(dtype) for part in codes)) for codes in (key, value))
     q = query.to(dtype).reshape(batch, kv_heads, -1, size)  # the queries that share a key head, as rows of one product
@@ -195,6 +209,17 @@ def attend_codes(
     if value.zero is not None:
         output = output - p @ value.zero
     return output.reshape(query.shape).to(query.dtype)
+
+
+def _check_maker(key: Tensor, path: AttentionPath, mean: Tensor | None) -> None:
+    """Refuse (GridError) records that another path, or one with other means, has packed."""
+    made, its_mean = getattr(key, "lqedu_stored_by", (None, None))
+    same = mean is its_mean or (mean is not None and its_mean is not None and torch.equal(mean, its_mean))
+    if made != path or not same:
+        raise GridError(
+            "these keys and values were packed for a model that stores them otherwise; "
+            "use a cache that was made for this model: PackedCache(model)"
+        )
 
 
 def _pack(x: Tensor, grid: KVGrid | None) -> Tensor:

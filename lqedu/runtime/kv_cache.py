@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from lqedu.calibration.capture import check_windows
 from lqedu.errors import CalibrationError, UsageError
 from lqedu.formats.kv import KVGrid, kv_grid
 from lqedu.models.anatomy import block_list
@@ -33,6 +34,9 @@ def quantize_kv(
 ) -> nn.Module:
     """A model that stores its keys and values on a grid, one scale for each token of each head.
 
+    What the model said of keys and values before (a method's ``kv_bits``, a Hadamard basis, means) is replaced as a whole.
+    :func:`lqedu.save` keeps it; ``save_pretrained`` of transformers does not.
+
     Args:
         model: dense, or quantized by any method; not changed.
         key: 2 to 8 (bits of integer codes), "fp8" (E4M3), 16 (as they come), or a grid of ``lqedu.formats.kv``.
@@ -48,8 +52,8 @@ def quantize_kv(
     Raises:
         GridError: a grid that is none of these.
         UnsupportedModelError: a model whose blocks are not known.
-        UsageError: heads without a Hadamard matrix; ``centre`` that is not a batch of token ids.
-        CalibrationError: keys of ``centre`` that are not finite.
+        UsageError: heads without a Hadamard matrix.
+        CalibrationError: ``centre`` that is not a batch of the model's token ids, or keys of it that are not finite.
     """
     path = AttentionPath(hadamard, kv_grid(key), kv_grid(key if value is None else value), centre is not None)
     block_list(model)  # refuses what it does not know
@@ -70,11 +74,9 @@ def key_means(model: nn.Module, windows: Tensor) -> list[Tensor]:
         One float32 tensor ``[kv_heads, 1, head_dim]`` a block.
 
     Raises:
-        UsageError: windows that are not a batch of token ids.
-        CalibrationError: keys that are not finite.
+        CalibrationError: windows that are not a batch of the model's token ids, or keys that are not finite.
     """
-    if not isinstance(windows, Tensor) or windows.dim() != 2 or windows.is_floating_point() or not windows.numel():
-        raise UsageError("the text that finds mean keys is a batch of token ids [windows, length] with a token or more")
+    check_windows(model, windows)
     watched = copy_sharing_tensors(model)
     set_attention_path(watched, AttentionPath())
     paths = [_Watching() for _ in block_list(watched)]
@@ -86,7 +88,7 @@ def key_means(model: nn.Module, windows: Tensor) -> list[Tensor]:
             watched(window[None], use_cache=False)
     means = [(path.total / windows.numel()).to(torch.float32) for path in paths]
     if not all(bool(torch.isfinite(mean).all()) for mean in means):
-        raise CalibrationError("the mean key is not finite; the model or the text holds NaN or infinities")
+        raise CalibrationError("the mean key is not finite: the model holds NaN or infinities; load it again")
     return means
 
 
@@ -108,7 +110,7 @@ class PackedCache(Cache):
     """Keys and values of one batch of texts as packed codes. Pass it to one model as ``past_key_values``.
 
     Works with everything ``generate`` does with a cache that grows: greedy search, sampling, beams, padding, and going on
-    where an earlier call ended.
+    where an earlier call ended. Only a model that stores keys and values in the same way can read it; a dense one cannot.
 
     Args:
         model: whose keys and values it will hold: from :func:`quantize_kv`, or quantized by a method with ``kv_bits``.
@@ -126,6 +128,12 @@ class PackedCache(Cache):
             )
         super().__init__(layers=[PackedLayer(path, block.self_attn._buffers.get(MEAN)) for block in block_list(model)])
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
+        """Append keys and values of a layer, see :class:`PackedLayer` (UsageError for a layer the cache does not have)."""
+        if layer_idx >= len(self.layers):
+            raise UsageError(f"the cache was made for {len(self.layers)} layers; use PackedCache(model) of this model")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all codes, scales and zero points that are stored now."""
@@ -141,6 +149,15 @@ class PackedLayer(DynamicLayer):
         self.path, self.mean = path, mean
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values ``[batch, kv_heads, tokens, head_dim]``; returns the records of all tokens."""
-        records = self.path.pack(centred(key_states, self.mean), value_states)
-        return super().update(*records, *args, **kwargs)
+        """Append keys and values ``[batch, kv_heads, tokens, head_dim]``; returns the records of all tokens.
+
+        Raises:
+            UsageError: another number of texts than before.
+        """
+        if self.get_seq_length() and len(self.keys) != len(key_states):
+            raise UsageError(
+                f"the cache holds {len(self.keys)} texts and is given {len(key_states)}; use a new PackedCache(model)"
+            )
+        keys, values = super().update(*self.path.pack(centred(key_states, self.mean), value_states), *args, **kwargs)
+        keys.lqedu_stored_by = (self.path, self.mean)  # for the model that reads them
+        return keys, values

@@ -55,9 +55,14 @@ def high_nibbles(packed: Tensor) -> Tensor:
     Returns:
         int8 ``[..., in]``, from -128 to 112: the bytes are reinterpreted, nothing is computed.
 
+    Raises:
+        GridError: another dtype.
+
     >>> high_nibbles(pack_signed(torch.tensor([3, -2], dtype=torch.int8)))
     tensor([ 48, -32], dtype=torch.int8)
     """
+    if packed.dtype != torch.uint8:
+        raise GridError(f"packed nibbles are uint8, got {packed.dtype}")
     pair = torch.stack([packed << 4, packed & 0xF0], -1)  # a register drops what is shifted out of the byte
     return pair.view(torch.int8).flatten(-2)
 

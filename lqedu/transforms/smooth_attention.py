@@ -139,15 +139,16 @@ def attention_scales(
     check_number("beta", beta, least=0, most=1)
     if beta > 0 and (query_max is None or query_max.shape != key_max.shape):
         raise UsageError(f"beta > 0 needs query_max of shape {list(key_max.shape)}")
-    k = _paired(key_max, shared)
+    k = _pairs(key_max, shared)
     scale = k.pow(alpha)
     alive = k > 0
     if beta > 0:
-        q = _paired(query_max, shared)
+        q = _pairs(query_max, shared)
         scale, alive = scale / q.pow(beta).clamp(min=_SMALLEST), alive & (q > 0)
     if not bool(torch.isfinite(scale).all()):
         raise CalibrationError("the calibration keys or queries hold NaN or infinite values")
-    return torch.where(alive, scale.clamp(min=_SMALLEST), torch.ones_like(scale))
+    scale = torch.where(alive, scale.clamp(min=_SMALLEST), torch.ones_like(scale))
+    return scale.repeat(1, 2)  # repeated last: a vectorized power may give equal numbers different last bits
 
 
 def fold_attention(block: nn.Module, scale: Tensor) -> dict[str, Tensor]:
@@ -252,9 +253,10 @@ def _rounded(heads: Heads, scale: Tensor, grid: KeyGrid) -> Sequence[Tensor]:
     return heads.query * factor.repeat_interleave(repeats, 0), grid.round_trip(heads.key / factor), heads.value
 
 
-def _paired(largest: Tensor, shared: bool) -> Tensor:
-    """The larger of the two channels of each RoPE pair, in float32; with ``shared`` the largest of all heads."""
-    x = largest.float().unflatten(1, (2, -1)).amax(1).repeat(1, 2)
+def _pairs(largest: Tensor, shared: bool) -> Tensor:
+    """The larger of the two channels of each RoPE pair, ``[kv_heads, head_dim / 2]`` in float32; with ``shared`` the
+    largest of all heads."""
+    x = largest.float().unflatten(1, (2, -1)).amax(1)
     return x.amax(0, keepdim=True).expand_as(x) if shared else x
 
 

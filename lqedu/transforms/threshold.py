@@ -85,7 +85,7 @@ def search_threshold(
         CalibrationError: activations that are not finite.
     """
     check_count("count", count, least=2)
-    if x.dim() != 2 or weight.dim() != 2 or not x.shape[1] == weight.shape[1] == len(largest):
+    if x.dim() != 2 or weight.dim() != 2 or not len(x) or not x.shape[1] == weight.shape[1] == len(largest):
         raise UsageError(
             f"a search needs weight [out, in], x [tokens, in] and largest [in], got {list(weight.shape)}, "
             f"{list(x.shape)} and {list(largest.shape)}"

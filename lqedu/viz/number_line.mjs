@@ -65,8 +65,8 @@ function drawLine(root, width, r, kind) {
   root.append(svg("text", { class: "strong", x: 8, y: 13 }, "the tensor, scaled"));
   counts.forEach((count, i) => {
     if (!count) return;
-    const from = lo + i * wide, middle = kind === "log" ? 2 ** (from + wide / 2) : from + wide / 2;
-    const colour = middle > r.top ? "red" : middle < r.tiny / 2 ? "orange" : "blue";
+    const from = lo + i * wide, [low, high] = [from, from + wide].map((v) => (kind === "log" ? 2 ** v : v));
+    const colour = low >= r.top ? "red" : (low + high) / 2 < r.tiny / 2 ? "orange" : "blue";
     const left = p.at(from), tall = y(0) - y(count / most);
     root.append(svg("rect", { class: `c-${colour}`, x: left + 0.5, width: Math.max(p.at(from + wide) - left - 1, 1), y: y(count / most), height: tall }));
   });

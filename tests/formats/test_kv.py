@@ -136,6 +136,15 @@ def test_what_an_fp16_scale_cannot_hold_is_refused(grid, bad):
         grid.encode(x)
 
 
+@pytest.mark.parametrize("grid", [KVInt(4), KVFloat8()], ids=str)
+@pytest.mark.parametrize(
+    "x", [[1.0, 2.0], torch.tensor(1.0), torch.ones(2, 0), torch.ones(2, 3, dtype=torch.complex64)]
+)
+def test_what_is_no_vector_of_floats_is_refused(grid, x):
+    with pytest.raises(GridError, match="floating-point tensor"):
+        grid.encode(x)
+
+
 def test_records_of_another_grid_are_refused():
     records = KVInt(4).encode(torch.ones(2, 64))
     for grid, size in ((KVInt(8), 64), (KVInt(4), 32), (KVFloat8(), 64)):

@@ -160,13 +160,15 @@ def test_rows_and_groups_of_zeros():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(GridError, match="does not divide the 250"):
+    with pytest.raises(GridError, match=r"does not divide the 250.*use per-channel"):
         progressive_quantize(_weight(4, 250), ProgressiveGrid(64))
     with pytest.raises(GridError, match="NaN"):
         progressive_quantize(_weight() * float("nan"), ProgressiveGrid(64))
-    for fields in ({"group_size": 0}, {"zero": "none"}, {"protective": 128}):
+    for fields in ({"group_size": 0}, {"zero": "none"}, {"protective": 128}, {"protective": 119.5}):
         with pytest.raises(GridError):
             ProgressiveGrid(**fields)
+    with pytest.raises(GridError, match="by a ProgressiveGrid"):
+        progressive_quantize(_weight(), None)
     with pytest.raises(GridError, match="do not fit"):
         ProgressiveTensor.from_packed(
             progressive_quantize(_weight(), ProgressiveGrid(64)).packed(), ProgressiveGrid(32), (40, 256)

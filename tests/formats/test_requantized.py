@@ -122,7 +122,7 @@ def test_rows_and_groups_of_zeros() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     w = problems.weight(4, 48, seed=4)
     for size in (0, 2.0, True):
-        with pytest.raises(GridError, match="positive number"):
+        with pytest.raises(GridError, match="group_size is a whole number, at least 1"):
             RequantizedGrid(size)
     with pytest.raises(GridError, match="does not divide the 48"):
         RequantizedGrid(32).nbytes((4, 48))

@@ -253,6 +253,7 @@ def test_what_cannot_be_done_is_refused():
         ({"group_size": 0}, GridError),
         ({"block_size": 48}, GridError),
         ({"kv_bits": 9}, GridError),
+        ({"kv_bits": 16}, GridError),
     ],
     ids=str,
 )

@@ -113,8 +113,8 @@ def test_few_queries_attend_on_codes_and_many_on_what_they_stand_for(monkeypatch
     monkeypatch.setattr(module, "attend_codes", lambda *a, **k: calls.append(a[0].shape[2]) or attend_codes(*a, **k))
     model = quantize_kv(tiny_model(), 4)  # 2 query heads a key head, 16 features a head
     cache = PackedCache(model)
-    _steps(model, tiny_windows(), cache, [8, 7, 1, 16])
-    assert calls == [7, 7, 1, 1]  # fewer than 16 rows; both blocks
+    _steps(model, tiny_windows(), cache, [8, 5, 1, 18])
+    assert calls == [5, 5, 1, 1]  # 10 rows and 2, fewer than 2/3 of 16 features; both blocks
     _steps(quantize_kv(tiny_model(), 16), tiny_windows(), PackedCache(quantize_kv(tiny_model(), 16)), [31, 1])
     assert len(calls) == 4  # floats are nothing to unpack
 
@@ -373,9 +373,16 @@ def test_refusals():
         quantize_kv(
             transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9)), 4
         )
-    for text in (torch.zeros(0, 5, dtype=torch.long), torch.zeros(2, 5), [1, 2]):
-        with pytest.raises(UsageError, match="batch of token ids"):
+    bad = {"no tokens": torch.zeros(0, 5, dtype=torch.long), "vocabulary": torch.full((1, 5), 10**6)}
+    bad |= {"int64 token ids": torch.zeros(2, 5), "shape": [1, 2], r"\[windows": torch.zeros(2, 5, dtype=torch.bool)}
+    for match, text in bad.items():
+        with pytest.raises(CalibrationError, match=match):
             quantize_kv(tiny_model(), 4, centre=text)
+    with pytest.raises(GridError, match="hadamard is True or False"):
+        quantize_kv(tiny_model(), 4, hadamard="yes")
+    for nothing in (None, 3, "gpt2"):
+        with pytest.raises(UnsupportedModelError, match="a model of transformers"):
+            quantize_kv(nothing, 4)
     broken = tiny_model()
     broken.model.layers[0].self_attn.k_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="mean key is not finite"):
@@ -384,6 +391,53 @@ def test_refusals():
     for model, other in ((four, eight), (eight, floats), (floats, four)):
         with pytest.raises(GridError, match="made for this model"), torch.no_grad():
             model(tiny_windows(), past_key_values=PackedCache(other))
+
+
+@torch.no_grad()
+def test_a_cache_of_another_path_is_refused_even_where_its_records_have_the_same_size():
+    model, text = tiny_model(), tiny_windows(3, 11)
+    ways = {
+        "plain": {},
+        "Hadamard": {"hadamard": True},
+        "centred": {"centre": text},
+        "centred by another text": {"centre": text.flip(1)},
+        "integer zero point": {"key": KVInt(4, zero_point="integer")},
+    }
+    models = {name: quantize_kv(model, **{"key": 4} | options) for name, options in ways.items()}
+    for (a, reader), (b, maker) in itertools.product(models.items(), repeat=2):
+        cache = PackedCache(maker)
+        if a == b:
+            reader(tiny_windows(), past_key_values=cache)
+            reader(tiny_windows()[:, :3], past_key_values=cache)
+            continue
+        with pytest.raises(GridError, match="packed for a model that stores them otherwise"):
+            reader(tiny_windows(), past_key_values=cache)
+    moved = quantize_kv(model, 4, centre=text)
+    cache = PackedCache(moved)
+    moved.double().float()  # its means are new tensors of the same numbers
+    moved(tiny_windows(), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_size_is_refused():
+    model = quantize_kv(tiny_model(), 4)
+    cache = PackedCache(model)
+    model(tiny_windows()[:2], past_key_values=cache)
+    with pytest.raises(UsageError, match="holds 2 texts and is given 1"):
+        model(tiny_windows()[:1], past_key_values=cache)
+    short = tiny.tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(UsageError, match="made for 1 layers"):
+        model(tiny_windows(), past_key_values=PackedCache(quantize_kv(short, 4)))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    query, key, value = _problem(2, 5)
+    codes = [KVInt(4).quantize(x) for x in (key, value)]
+    for wrong in (query[:, :5], query[..., :8], query[:2]):
+        with pytest.raises(UsageError, match="do not fit"):
+            attend_codes(wrong, *codes)
+    with pytest.raises(UsageError, match="do not fit"):  # causal, and fewer keys than queries
+        attend_codes(query, *(KVInt(4).quantize(x[:, :, :1]) for x in (key, value)))
 
 
 def test_heads_without_a_hadamard_matrix_are_refused_at_once():

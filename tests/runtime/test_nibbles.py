@@ -76,6 +76,8 @@ def test_a_value_outside_int8_becomes_another_number() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(GridError, match="uint8"):
+        high_nibbles(torch.ones(2, 4))
     for codes in (torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 4)):
         with pytest.raises(GridError, match="pairs of int8"):
             pack_signed(codes)

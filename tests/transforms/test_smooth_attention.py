@@ -23,6 +23,7 @@ from lqedu.transforms.smooth_attention import (
 )
 from tests.compare import relative_error
 from tests.models.tiny import tiny_model, tiny_windows
+from tests.problems import seeded
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 GROUPS = {"gqa": {}, "mha": {"num_key_value_heads": 4}, "one key head": {"num_key_value_heads": 1}}
@@ -112,6 +113,15 @@ def test_a_scale_that_differs_within_a_pair_would_change_the_products():
     block.self_attn.k_proj.weight.data /= scale.reshape(-1)[:, None]
     block.self_attn.q_proj.weight.data *= scale.repeat_interleave(2, 0).reshape(-1)[:, None]
     assert relative_error(_products(attention_heads(block, hidden, kwargs)), _products(heads)) > 1e-2
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.85])
+def test_both_channels_of_a_pair_get_the_same_bits(alpha):
+    """A power that is computed for eight numbers at once and for the rest one by one may differ in the last bit."""
+    for heads, size in ((1, 10), (1, 14), (1, 24), (2, 36), (3, 40), (5, 24), (2, 100), (3, 64)):
+        key_max = torch.rand(heads, size, generator=seeded(size)) * 20
+        scale = attention_scales(key_max, alpha, query_max=key_max.flip(1), beta=1 - alpha)
+        assert torch.equal(*scale.chunk(2, 1)), (heads, size)
 
 
 def test_scales_by_hand():

@@ -66,7 +66,7 @@ function describe(inputs, { token, cache, weights, free, fit, tokens }) {
     `${layers} layers, ${many(kv_heads, "key head", "key heads")} of ${head_dim}, ${fmt(params)} billion weights at ${weight} bits; keys in ` +
     `${name(key)}, values in ${name(value)}: a token takes ${size(token)}. ${many(sequences, "sequence", "sequences")} of ` +
     `${many(context, "token", "tokens")} take ${size(cache)} beside ${size(weights)} of weights, ${left}. ` +
-    `There is room for ${many(fit, "such sequence", "such sequences")}, ${many(tokens, "token", "tokens")} in all.`
+    `There is room for ${many(fit, "such sequence", "such sequences")}, or for ${many(tokens, "token", "tokens")} of any texts.`
   );
 }
 

@@ -593,6 +593,33 @@ def fp8(device: str) -> Measurement:
     return bench.configuration(), rows
 
 
+def fp8_scales(device: str) -> Measurement:
+    """Chapter 16: FP8 weights with scales that differ by a random factor between one and two, the same error and other roundings.
+
+    Each channel draws its own factor. Weights only.
+    """
+    from lqedu.formats.fp8 import Float8Grid
+
+    bench = _Bench(device)
+    rows = [bench.named("dense", bench.model)]
+    for granularity in ("tensor", "channel"):
+        for draw in range(1 if granularity == "tensor" else 9):  # draw 0 is the fitted scale
+            model, g = copy_sharing_tensors(bench.model), torch.Generator().manual_seed(draw)
+            grid, error, energy = Float8Grid(granularity), 0.0, 0.0
+            for linear in linears(model).values():
+                w = linear.weight.detach()
+                scale = grid.fit(w)
+                if draw:
+                    scale = scale * torch.exp2(torch.rand(scale.shape, generator=g)).to(scale.device)
+                w_hat = grid.decode(grid.encode(w, scale), scale)
+                error += float((w_hat - w).double().square().sum())
+                energy += float(w.double().square().sum())
+                linear.weight = nn.Parameter(w_hat, requires_grad=False)
+            row = bench.named(f"{granularity}, {f'draw {draw}' if draw else 'fitted'}", model)
+            rows.append(row | {"granularity": granularity, "draw": draw, "weight_error": error / energy})
+    return bench.configuration(), rows
+
+
 def _in_blocks(model: nn.Module, form: BlockFormat, *, inputs: bool) -> nn.Module:
     """A dense copy whose linears, and where asked their inputs, are rounded to a microscaling format."""
     result = copy_sharing_tensors(model)
@@ -1050,6 +1077,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "kv-cache": kv_cache,
     "kv-length": kv_length,
     "fp8": fp8,
+    "fp8-scales": fp8_scales,
     "fp8-training": fp8_training,
     "bench-noise": bench_noise,
     "gptq-layer": gptq_layer,

@@ -76,6 +76,15 @@ def test_the_gradient_that_follows_the_scale_has_the_values_and_euler_s_identity
     assert not torch.allclose((v * x.detach()).sum(1), wanted, rtol=2e-3, atol=2e-3)
 
 
+def test_fp8_scales_draw_other_roundings_with_the_same_error(monkeypatch):
+    monkeypatch.setattr(measure, "_Bench", _TinyBench)
+    _, rows = measure.MEASUREMENTS["fp8-scales"]("cpu")
+    assert [row["name"] for row in rows[:3]] == ["dense", "tensor, fitted", "channel, fitted"] and len(rows) == 11
+    assert rows[0]["delta_nll"] == 0 and len({row["nll"] for row in rows}) == 11
+    errors = [row["weight_error"] for row in rows[1:]]
+    assert max(errors) < 1.15 * min(errors)
+
+
 def test_fp8_training_trains_every_recipe_from_the_same_start(monkeypatch):
     tiny = {"layers": 1, "hidden_size": 32, "steps": 20, "batch": 2, "length": 16, "seeds": 2}
     monkeypatch.setitem(measure._SMALL, "cpu", tiny)

@@ -6,7 +6,7 @@ weights"). Derived in chapter ``17-fp8-training``; Micikevicius et al., 2022, ar
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Fp8Linear(nn.Linear):
 
     ``weight`` and ``bias`` are the float32 parameters of the layer that it replaces, under the same names. Scales are the
     submodules ``scales.input``, ``scales.weight`` and ``scales.gradient``; delayed ones have buffers, so that a
-    checkpoint resumes with its history.
+    checkpoint resumes with its history. ``half``, ``bfloat16`` and ``to(dtype)`` leave all of them float32.
     """
 
     def __init__(self, linear: nn.Linear, recipe: Recipe, name: str = "a linear layer") -> None:
@@ -74,18 +74,27 @@ class Fp8Linear(nn.Linear):
         """A tensor on the grid of its role ("input", "weight" or "gradient"), and its scale.
 
         Raises:
-            UsageError: current scaling met NaN or infinities.
+            UsageError: current scaling met NaN or infinities, or a loaded scale is not positive and finite.
         """
         try:
             s = self.scales[role](x)
+            return fp8_round(x, s, self.formats[role]), s
         except UsageError as error:
             raise UsageError(f"the {role} of {self.name}: {error}") from error
-        return fp8_round(x, s, self.formats[role]), s
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         y = _Products.apply(x.float(), self.weight, self).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fp8Linear":
+        """Move with the model, but stay float32: in float16 an amax of 1e5 is infinite and one of 1e-9 is zero."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """Formats and scaling, for ``print(model)``."""
@@ -101,21 +110,31 @@ def convert(model: nn.Module, recipe: Recipe, *, skip: Collection[str] = ("lm_he
         recipe: formats and scaling.
         skip: last names of layers that stay as they are. Like embeddings and norms, the output layer usually does.
 
+    Returns:
+        The copy. A layer that the model holds under several names is one converted layer under all of them.
+
     Raises:
-        UsageError: no layer to convert, one that is converted already, or one whose weights are not float32.
+        UsageError: no layer to convert, one that is converted already, or one whose weights are not float32; a name in
+            ``skip``, other than the default, that no linear layer has.
     """
+    if isinstance(skip, str) or not isinstance(skip, Collection):
+        raise UsageError(f"skip is a collection of last names such as ('lm_head',), got {skip!r}")
     if isinstance(model, nn.Linear):
         raise UsageError("convert replaces layers inside a model; for one layer use Fp8Linear(layer, recipe)")
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
         raise UsageError("the model is converted already; convert the float32 model that it was made from")
     result = copy.deepcopy(model)
-    found = [
-        name
-        for name, module in result.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in skip
-    ]
+    every = result.named_modules(remove_duplicate=False)
+    linears = [(name, name.rsplit(".", 1)[-1], module) for name, module in every if isinstance(module, nn.Linear)]
+    unknown = set(skip) - {last for _, last, _ in linears} - {"lm_head"}
+    if unknown:
+        raise UsageError(f"skip names no linear layer of the model: {', '.join(sorted(map(repr, unknown)))}")
+    found = [(name, module) for name, last, module in linears if last not in skip]
     if not found:
         raise UsageError(f"the model has no linear layer to convert besides those to skip ({', '.join(skip)})")
-    for name in found:
-        result.set_submodule(name, Fp8Linear(result.get_submodule(name), recipe, name))
+    converted: dict[int, Fp8Linear] = {}  # by identity, since one layer may have several names
+    for name, module in found:
+        if id(module) not in converted:
+            converted[id(module)] = Fp8Linear(module, recipe, name)
+        result.set_submodule(name, converted[id(module)])
     return result

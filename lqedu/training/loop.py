@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lqedu.errors import CalibrationError, UsageError
+from lqedu.options import check_count, check_number
 
 VOCABULARY = 256  # bytes
 
@@ -35,8 +36,11 @@ def small_llama(seed: int = 0, *, hidden_size: int = 128, layers: int = 4) -> nn
     Raises:
         UsageError: a size that does not fit.
     """
-    if hidden_size < 32 or hidden_size % 32 or layers < 1:
-        raise UsageError(f"hidden_size is a multiple of 32 and layers at least 1, got {hidden_size} and {layers}")
+    check_count("seed", seed)
+    check_count("layers", layers, least=1)
+    check_count("hidden_size", hidden_size, least=32)
+    if hidden_size % 32:
+        raise UsageError(f"hidden_size is a multiple of 32, got {hidden_size}")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -58,16 +62,28 @@ def byte_batches(text: str, *, steps: int, batch: int = 8, length: int = 128, se
     """Random windows of a text's bytes: int64 ``[steps, batch, length + 1]``, one byte more than is read.
 
     Raises:
-        UsageError: a count that is not positive.
+        UsageError: a count that is not a positive whole number, or a text that is not ``str``.
         CalibrationError: the text is shorter than one window.
     """
-    if min(steps, batch, length) < 1:
-        raise UsageError(f"steps, batch and length are at least 1, got {steps}, {batch} and {length}")
-    data = torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8)
-    if len(data) <= length:
-        raise CalibrationError(f"the text has {len(data)} bytes, a window needs {length + 1}; use a longer text")
+    for name, count in (("steps", steps), ("batch", batch), ("length", length)):
+        check_count(name, count, least=1)
+    check_count("seed", seed)
+    if not isinstance(text, str):
+        raise UsageError(f"text is a str, got {type(text).__name__}")
+    encoded = bytearray(text.encode("utf-8"))
+    if len(encoded) <= length:
+        raise CalibrationError(f"the text has {len(encoded)} bytes, a window needs {length + 1}; use a longer text")
+    data = torch.frombuffer(encoded, dtype=torch.uint8)
     starts = torch.randint(0, len(data) - length, (steps, batch), generator=torch.Generator().manual_seed(seed))
     return data[starts[..., None] + torch.arange(length + 1)].long()
+
+
+def _check_windows(name: str, windows: Tensor, dims: int) -> None:
+    shape = "[steps, batch, length + 1]" if dims == 3 else "[count, length + 1]"
+    whole = isinstance(windows, Tensor) and windows.dtype == torch.int64 and windows.dim() == dims
+    if not whole or not windows.numel() or windows.shape[-1] < 2:
+        got = f"{windows.dtype} {list(windows.shape)}" if isinstance(windows, Tensor) else type(windows).__name__
+        raise UsageError(f"{name} is an int64 tensor {shape} that is not empty, as byte_batches makes, got {got}")
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
@@ -97,8 +113,13 @@ def train(
         after_step: called with the number of the step, from 0, and the model: to look, not to change.
 
     Raises:
-        UsageError: a loss that is NaN or infinite; the sentence names the step.
+        UsageError: a loss that is NaN or infinite; the sentence names the step. Batches that are empty or of another
+            shape, and options out of their range.
     """
+    _check_windows("batches", batches, 3)
+    check_number("learning_rate", learning_rate, least=0)
+    check_count("warmup", warmup)
+    check_number("loss_scale", loss_scale, above=0)
     model = copy.deepcopy(model).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -132,6 +153,12 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, *, batch: int = 64) -> float:
-    """Mean loss over ``windows [count, length + 1]`` of bytes, nats per byte."""
+    """Mean loss over ``windows [count, length + 1]`` of bytes, nats per byte.
+
+    Raises:
+        UsageError: windows that are empty or of another shape, or a batch that is not a positive whole number.
+    """
+    _check_windows("windows", windows, 2)
+    check_count("batch", batch, least=1)
     model.eval()
     return float(torch.stack([loss_of(model, part) * len(part) for part in windows.split(batch)]).sum() / len(windows))

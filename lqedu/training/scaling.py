@@ -6,6 +6,7 @@ Transformer Engine and torchao store 1 / s and call that the scale. Derived in c
 recipe: Micikevicius et al., 2022, arXiv:2209.05433.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lqedu.errors import UsageError
 from lqedu.formats.smallfloat import E4M3, E5M2, FloatFormat
+from lqedu.options import check_count
 
 _TORCH = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}  # formats to which torch rounds, much faster
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -49,7 +51,7 @@ class Recipe:
             fmt = getattr(self, name)
             if not isinstance(fmt, FloatFormat) or fmt.specials == "none":
                 raise UsageError(f"{name} must be a float format that has a NaN, such as E4M3 or E5M2, got {fmt!r}")
-        if self.scaling not in SCALINGS:
+        if not isinstance(self.scaling, str) or self.scaling not in SCALINGS:
             raise UsageError(f"scaling must be one of {', '.join(SCALINGS)}, got {self.scaling!r}")
         for name, low in (("history", 1), ("interval", 1), ("margin", 0)):
             value = getattr(self, name)
@@ -66,7 +68,7 @@ def largest(x: Tensor) -> Tensor:
     """Largest magnitude of ``x`` (its *amax*), a float32 scalar tensor; 0 of no values, NaN or infinite where ``x`` is.
 
     Raises:
-        UsageError: not a floating dtype.
+        UsageError: not a floating tensor.
     """
     _require_floating(x)
     return x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
@@ -84,8 +86,10 @@ def scale_of(amax: Tensor, fmt: FloatFormat, margin: int = 0) -> Tensor:
         float32 of the same shape, never zero or infinite.
 
     Raises:
-        UsageError: an ``amax`` that is NaN, infinite or negative.
+        UsageError: an ``amax`` that is no floating tensor, NaN, infinite or negative; a margin that is not from 0 to 16.
     """
+    _require_floating(amax)
+    check_count("margin", margin, most=_LARGEST_MARGIN)
     if not bool((torch.isfinite(amax) & (amax >= 0)).all()):
         raise UsageError(
             "a scale needs a finite amax; the tensor holds NaN or infinities, look for the first such step"
@@ -101,23 +105,28 @@ def _scale(amax: Tensor, fmt: FloatFormat, margin: int) -> Tensor:
 def fp8_round(x: Tensor, scale: Tensor, fmt: FloatFormat) -> Tensor:
     """``x / scale`` rounded to the nearest value of a format, ties to even; multiply by ``scale`` to get ``x`` back.
 
-    Finite values beyond the format's largest become the largest. NaN stays NaN and an infinity becomes NaN: neither may
+    Finite values beyond the format's largest become the largest, also where ``x / scale`` overflows. NaN stays NaN and an infinity becomes NaN: neither may
     turn into a number that looks like any other.
 
     Args:
         x: any floating dtype and shape.
-        scale: positive, float32, a scalar or broadcastable.
+        scale: positive, finite, float32, a scalar or broadcastable.
         fmt: the format.
 
     Returns:
         float32 of the shape of ``x``: values that the format has.
 
     Raises:
-        UsageError: ``x`` is not a floating tensor.
+        UsageError: ``x`` or ``scale`` is not a floating tensor, or a scale is not positive and finite.
     """
     _require_floating(x)
-    x = x.float() / scale
-    inside = x.clamp(-fmt.max, fmt.max) + (x - x)  # x - x is 0, or NaN for what is not finite
+    _require_floating(scale)
+    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+        raise UsageError(
+            "a scale is positive and finite; make it with scale_of, or look at the checkpoint it came from"
+        )
+    inside = (x.float() / scale).clamp(-fmt.max, fmt.max)
+    inside = torch.where(torch.isfinite(x), inside, math.nan)  # asked of x: a finite quotient may overflow
     if fmt.name in _TORCH:
         return inside.to(_TORCH[fmt.name]).float()
     return fmt.decode(fmt.encode(inside))
@@ -130,6 +139,7 @@ def out_of_range(x: Tensor, scale: Tensor | float, fmt: FloatFormat) -> tuple[fl
     Raises:
         UsageError: ``x`` is not a floating tensor, has no values, or holds NaN or infinities.
     """
+    _require_floating(x)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     if not x.numel() or not bool(torch.isfinite(largest(x))):
         raise UsageError("shares out of range need a tensor of finite values")
@@ -139,8 +149,8 @@ def out_of_range(x: Tensor, scale: Tensor | float, fmt: FloatFormat) -> tuple[fl
 
 
 def _require_floating(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise UsageError(f"only floating-point tensors are scaled, got {x.dtype}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise UsageError(f"only floating-point tensors are scaled, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
 # --- where a scale comes from -----------------------------------------------------------------------------------------
@@ -180,6 +190,10 @@ class DelayedScaling(nn.Module):
     Engine with its algorithm "max". An amax of zero for all of them leaves the scale as it was. An amax that is not
     finite leaves the scale and the history as they were and is counted in ``skipped``; the values themselves reach the
     product as NaN (:func:`fp8_round`).
+
+    A step is one forward call in training mode: each micro-batch counts, and so does a call under ``torch.no_grad``.
+    Before the first one the scale is 1, so the first step is rounded unscaled, and a freshly converted model that is
+    evaluated before it has trained is evaluated with the scale 1.
 
     Buffers: ``amax`` float32 ``[history]``, newest first; ``scale`` float32 ``[]``, 1 at first; ``steps`` and
     ``skipped`` int64 ``[]``.

@@ -166,6 +166,61 @@ def test_biases_and_layers_to_skip_stay():
     assert layer.self_attn.q_proj.name == "model.layers.0.self_attn.q_proj"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_a_converted_model_leaves_weights_and_histories_float32(dtype):
+    model = convert(nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)), Recipe(history=3))
+    layer = model[0]
+    layer.scales["input"].record(torch.tensor(1e-9))
+    layer.scales["input"].record(torch.tensor(1e5))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    model.to(dtype)
+    assert model[1].weight.dtype == dtype
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+    assert all(tensor.dtype == before[name].dtype for name, tensor in layer.state_dict().items())
+    assert torch.equal(layer.scales["input"].amax, torch.tensor([1e5, 1e-9, 0]))
+    model(torch.ones(2, 8, dtype=dtype)).sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    model.to("meta")  # a device still moves
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+
+
+class _Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = self.a
+        self.block = nn.Sequential(nn.Linear(4, 4), self.a)
+        self.again = self.block
+
+
+def test_a_shared_layer_is_one_converted_layer_under_all_its_names():
+    model = _Shared()
+    converted = convert(model, CURRENT)
+    assert isinstance(converted.a, Fp8Linear) and converted.a is converted.b is converted.block[1]
+    assert converted.block is converted.again and isinstance(converted.block[0], Fp8Linear)
+    assert not any(type(module) is nn.Linear for module in converted.modules())
+    assert type(model.a) is nn.Linear and model.a is model.b
+
+
+@pytest.mark.parametrize("skip", ["lm_head", "a", None, 3])
+def test_names_to_skip_are_a_collection(skip):
+    with pytest.raises(UsageError, match="skip is a collection of last names"):
+        convert(_Shared(), CURRENT, skip=skip)
+
+
+def test_a_name_to_skip_that_no_layer_has_is_refused():
+    with pytest.raises(UsageError, match="skip names no linear layer of the model: 'block', 'down_porj'"):
+        convert(_Shared(), CURRENT, skip=("lm_head", "down_porj", "a", "block"))
+    assert type(convert(_Shared(), CURRENT, skip=("a", "1")).block[1]) is nn.Linear
+
+
+def test_a_scale_from_a_broken_checkpoint_is_refused_with_its_layer():
+    layer = Fp8Linear(nn.Linear(4, 4), Recipe(), "up")
+    layer.load_state_dict(layer.state_dict() | {"scales.weight.scale": torch.tensor(math.nan)})
+    with pytest.raises(UsageError, match="the weight of up: a scale is positive and finite"):
+        layer(torch.ones(2, 4))
+
+
 def test_what_cannot_be_converted_is_refused():
     model = small_llama(hidden_size=32, layers=1)
     with pytest.raises(UsageError, match="converted already"):

@@ -88,3 +88,45 @@ def test_bad_input_is_refused():
     model.lm_head.weight.data[0, 0] = math.nan
     with pytest.raises(UsageError, match="the loss is nan at step 0"):
         train(model, byte_batches(TEXT, steps=1, batch=1, length=8))
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: small_llama(hidden_size=64.0), "hidden_size is a whole number, at least 32, got 64.0"),
+        (lambda: small_llama(layers=0), "layers is a whole number, at least 1"),
+        (lambda: small_llama(0.5), "seed is a whole number"),
+        (lambda: byte_batches(TEXT, steps=1.5), "steps is a whole number, at least 1, got 1.5"),
+        (lambda: byte_batches(TEXT, steps=1, batch=0), "batch is a whole number, at least 1"),
+        (lambda: byte_batches(b"bytes", steps=1), "text is a str, got bytes"),
+        (lambda: train(None, torch.zeros(0, 2, 9, dtype=torch.int64)), "that is not empty"),
+        (lambda: train(None, torch.zeros(1, 2, 1, dtype=torch.int64)), "as byte_batches makes"),
+        (lambda: train(None, torch.zeros(1, 2, 9)), r"got torch.float32 \[1, 2, 9\]"),
+        (lambda: train(None, []), "batches is an int64 tensor .* got list"),
+        (lambda: evaluate(None, torch.zeros(0, 9, dtype=torch.int64)), "windows is an int64 tensor"),
+        (lambda: evaluate(None, byte_batches(TEXT, steps=1)), "windows is an int64 tensor"),
+        (lambda: evaluate(None, byte_batches(TEXT, steps=1)[0], batch=0), "batch is a whole number, at least 1"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_any_work(call, problem):
+    with pytest.raises(UsageError, match=problem):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"learning_rate": math.nan}, "learning_rate is a finite number, at least 0"),
+        ({"learning_rate": -1e-3}, "learning_rate is a finite number, at least 0"),
+        ({"warmup": -1}, "warmup is a whole number"),
+        ({"loss_scale": 0.0}, "loss_scale is a finite number, above 0"),
+    ],
+)
+def test_options_of_training_are_checked(options, problem):
+    with pytest.raises(UsageError, match=problem):
+        train(_small(), byte_batches(TEXT, steps=1, batch=1, length=8), **options)
+
+
+def test_a_text_without_bytes_is_too_short():
+    with pytest.raises(CalibrationError, match="the text has 0 bytes"):
+        byte_batches("", steps=1)

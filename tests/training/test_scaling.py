@@ -46,6 +46,36 @@ def test_finite_values_saturate_and_what_is_not_finite_is_never_a_number(fmt):
     assert got[2:5].isnan().all() and got[5] == 0
 
 
+@pytest.mark.parametrize("fmt", [*FORMATS, E4M3FNUZ])
+def test_finite_values_saturate_where_the_quotient_overflows(fmt):
+    x = torch.tensor([1e10, -1e10, 0.0, math.inf, math.nan])
+    got = fp8_round(x, torch.tensor(1e-30 / 448), fmt)
+    assert got[:3].tolist() == [fmt.max, -fmt.max, 0] and got[3:].isnan().all()
+    big = torch.tensor([1e300, -1e300, math.inf], dtype=torch.float64)  # finite, and beyond float32
+    got = fp8_round(big, ONE, fmt)
+    assert got[:2].tolist() == [fmt.max, -fmt.max] and got[2].isnan()
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_that_cannot_divide_is_refused(bad):
+    for scale in (torch.tensor(bad), torch.tensor([1.0, bad])):
+        with pytest.raises(UsageError, match="a scale is positive and finite"):
+            fp8_round(torch.ones(2), scale, E4M3)
+    with pytest.raises(UsageError, match="a scale is positive and finite"):
+        out_of_range(torch.ones(2), bad, E4M3)
+
+
+def test_what_is_no_tensor_or_no_margin_is_refused():
+    calls = (lambda: largest(1.0), lambda: scale_of(1.0, E4M3), lambda: fp8_round([1.0], ONE, E4M3),
+             lambda: fp8_round(ONE, 1.0, E4M3), lambda: out_of_range(None, 1.0, E4M3))  # fmt: skip
+    for call in calls:
+        with pytest.raises(UsageError, match=r"only floating-point tensors are scaled, got (float|list|NoneType)"):
+            call()
+    for margin in (2000, -1, 0.5, True):
+        with pytest.raises(UsageError, match="margin is a whole number, from 0 to 16"):
+            scale_of(ONE, E4M3, margin)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_power_of_two_in_the_scale_changes_no_rounding(fmt):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
@@ -189,6 +219,15 @@ def test_evaluation_uses_the_scale_and_records_nothing():
     assert all(torch.equal(before[name], buffer) for name, buffer in scaling.state_dict().items())
 
 
+def test_a_step_is_a_forward_call_in_training_and_the_first_is_unscaled():
+    scaling = _delayed()
+    assert float(scaling.eval()(torch.tensor([900.0]))) == 1 and int(scaling.steps) == 0
+    assert float(scaling.train()(torch.tensor([900.0]))) == 1
+    with torch.no_grad():
+        assert float(scaling(torch.tensor([1.0]))) == pytest.approx(900 / 448)
+    assert int(scaling.steps) == 2
+
+
 def test_the_state_is_a_tensor_that_a_checkpoint_brings_back():
     one, two = _delayed(history=4), _delayed(history=4)
     for amax in (1.0, 3.0):
@@ -212,6 +251,7 @@ def test_the_default_is_the_hybrid_recipe_of_transformer_engine():
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        ({"scaling": ["current"]}, "scaling must be one of current, delayed, none"),
         ({"scaling": "static"}, "scaling must be one of current, delayed, none"),
         ({"history": 0}, "history must be a whole number of at least 1"),
         ({"interval": 1.5}, "interval must be a whole number"),

@@ -6,6 +6,8 @@ One product of codes for each run of inputs that shares its scales: all inputs a
 tokens, 128 at a time for blocks and groups. Scales come after it, in float32.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,7 +20,7 @@ from lqedu.runtime.linear import QuantLinear
 #: How far a sum of tensor cores may be from the exact one, relative to ``Σ|x||w|``. They align the products of an instruction
 #: to the largest and cut off what lies some 13 bits below it (DeepSeek-V3, arXiv:2412.19437, section 3.3). Cutting always shrinks,
 #: so sums of one sign are worst. Measured on an H200: at most 2^-8.6 for codes of all sizes and one sign, 2^-10 for both signs,
-#: 2^-12 for Gaussian numbers.
+#: 2^-12 for Gaussian numbers. Measured up to 16384 inputs, with ``use_fast_accum=False`` as :func:`scaled_matmul` sets it.
 TENSOR_CORE_ERROR = 2.0**-8
 
 
@@ -50,10 +52,7 @@ def float8_matmul(x: Tensor, w: Tensor) -> Tensor:
     >>> float8_matmul(torch.tensor([[56, 64]], dtype=torch.uint8), torch.tensor([[60, 184]], dtype=torch.uint8))
     tensor([[-0.5000]])
     """
-    if x.dtype != torch.uint8 or w.dtype != torch.uint8:
-        raise TypeError(f"float8_matmul multiplies codes, uint8 by uint8, got {x.dtype} and {w.dtype}")
-    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"float8_matmul needs [tokens, in] and [out, in], got {list(x.shape)} and {list(w.shape)}")
+    _check_operands(x, w)
     if has_tensor_cores(x.device):
         return scaled_matmul(x, w)
     return decode(x) @ decode(w).T
@@ -63,15 +62,26 @@ def scaled_matmul(x: Tensor, w: Tensor) -> Tensor:
     """:func:`float8_matmul` by ``torch._scaled_mm`` with scales of 1, whatever the device.
 
     It wants multiples of 16 inputs and outputs (codes of zero fill up what is missing), rows of ``x`` and, through the
-    transpose, rows of ``w`` contiguous: both operands lie along the sum.
+    transpose, rows of ``w`` contiguous: both operands lie along the sum. Every partial sum is added up outside the tensor
+    cores in float32 (``use_fast_accum=False``); TypeError and ValueError as in :func:`float8_matmul`.
     """
+    _check_operands(x, w)
     outs = w.shape[0]
     x = pad(x, (0, -x.shape[1] % 16)).contiguous()
     w = pad(w, (0, -w.shape[1] % 16, 0, -outs % 16)).contiguous()
     one = torch.ones((), dtype=torch.float32, device=x.device)
     e4m3 = torch.float8_e4m3fn
-    y = torch._scaled_mm(x.view(e4m3), w.view(e4m3).T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    y = torch._scaled_mm(
+        x.view(e4m3), w.view(e4m3).T, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False
+    )
     return y[:, :outs]
+
+
+def _check_operands(x: Tensor, w: Tensor) -> None:
+    if x.dtype != torch.uint8 or w.dtype != torch.uint8:
+        raise TypeError(f"FP8 products multiply codes, uint8 by uint8, got {x.dtype} and {w.dtype}")
+    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"FP8 products need [tokens, in] and [out, in], got {list(x.shape)} and {list(w.shape)}")
 
 
 def float8_linear(codes: Tensor, scale: Tensor, grid: Float8ActivationGrid, weight: Float8Tensor) -> Tensor:
@@ -87,9 +97,11 @@ def float8_linear(codes: Tensor, scale: Tensor, grid: Float8ActivationGrid, weig
         float32 ``[..., out]``. Codes of E4M3 on both sides are multiplied by :func:`float8_matmul`, others decoded.
 
     Raises:
-        GridError: groups of the activations and blocks of the weight of different sizes.
+        GridError: codes of another number of inputs than the weight's, scales that are not one a group (or one) of one
+            or all tokens, or groups of the activations and blocks of the weight of different sizes.
     """
     size = inputs_per_scale(grid, weight)
+    _check_inputs(codes, scale, size, weight)
     fast = (grid.format, weight.grid.format) == ("E4M3", "E4M3")
     x, rows = codes.reshape(-1, codes.shape[-1]), weight.shape[0]
     s_x = scale.reshape(-1, scale.shape[-1])  # [tokens or 1, groups or 1]
@@ -103,6 +115,21 @@ def float8_linear(codes: Tensor, scale: Tensor, grid: Float8ActivationGrid, weig
             term = decode(q_x, FORMATS[grid.format]) @ decode(q_w, FORMATS[weight.grid.format]).T
         y += term * s_w[:, min(k, s_w.shape[1] - 1)] * s_x[:, min(k, s_x.shape[1] - 1), None]
     return y.view(*codes.shape[:-1], rows)
+
+
+def _check_inputs(codes: Tensor, scale: Tensor, size: int, weight: Float8Tensor) -> None:
+    inputs = weight.shape[1]
+    if codes.dim() == 0 or codes.shape[-1] != inputs:
+        raise GridError(
+            f"a weight {list(weight.shape)} is multiplied with codes [..., {inputs}], got {list(codes.shape)}"
+        )
+    groups, tokens = -(-inputs // size), math.prod(codes.shape[:-1])
+    last = scale.shape[-1] if scale.dim() else 0
+    if last not in (1, groups) or math.prod(scale.shape[:-1]) not in (1, tokens):
+        raise GridError(
+            f"codes {list(codes.shape)} in runs of {size} inputs have scales [1], {[*codes.shape[:-1], 1]} or "
+            f"{[*codes.shape[:-1], groups]}, got {list(scale.shape)}; use those that grid.fit returns"
+        )
 
 
 def inputs_per_scale(grid: Float8ActivationGrid, weight: Float8Tensor) -> int:

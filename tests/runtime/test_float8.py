@@ -69,12 +69,31 @@ def test_operands_that_are_views_keep_their_meaning():
     assert bool(((scaled_matmul(x, w) - want).abs() <= 36 * 2.0**-24 * size).all())
 
 
-def test_bad_arguments():
+@pytest.mark.parametrize("product", [float8_matmul, scaled_matmul])
+def test_bad_arguments(product):
     x = torch.zeros(2, 3, dtype=torch.uint8)
     with pytest.raises(TypeError, match="uint8"):
-        float8_matmul(x, x.to(torch.int8))
-    with pytest.raises(ValueError, match="got"):
-        float8_matmul(x, torch.zeros(2, 4, dtype=torch.uint8))
+        product(x, x.to(torch.int8))
+    for w in (torch.zeros(2, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="got"):
+            product(x, w)
+
+
+@pytest.mark.parametrize("granularity", WEIGHTS)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_inputs_that_do_not_fit_the_weight_are_refused(granularity, inputs):
+    stored = float8_quantize(problems.weight(20, 44, seed=1), Float8Grid(granularity, 16))
+    grid = Float8ActivationGrid(inputs, group_size=16)
+    layer = layer_of(stored, None, InputPath(activation=grid))
+    for features in (32, 40, 48, 60):
+        with pytest.raises(GridError, match=r"\[\.\.\., 44\]"):
+            layer(torch.ones(2, 3, features))
+    x = torch.ones(2, 3, 44)
+    scale, _ = grid.fit(x)
+    codes = grid.encode(x, scale)
+    for wrong in (torch.ones(2, 3, 2), torch.ones(2, 3, 4), torch.ones(5, 1), torch.ones(())):
+        with pytest.raises(GridError, match="that grid"):
+            float8_linear(codes, wrong, grid, stored)
 
 
 def test_only_some_gpus_have_fp8(monkeypatch):

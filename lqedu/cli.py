@@ -62,7 +62,10 @@ def quantize(
 
     if out.exists():
         raise UsageError(f"{out} exists already; choose another --out or remove it")
-    if group_size != "auto" and "group_size" not in {field.name for field in fields(get(method))}:
+    has = {field.name for field in fields(get(method))}
+    if bits is not None and "bits" not in has:
+        raise UsageError(f"method {method!r} has no choice of bits, so --bits says nothing; leave it out")
+    if group_size != "auto" and "group_size" not in has:
         raise UsageError(f"method {method!r} has no groups, so --group-size says nothing; leave it out")
     options = _parse_set(set_ or [])
     text = load_corpus(calibration, split="calibration") if get(method).needs_calibration else None

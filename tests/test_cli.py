@@ -141,6 +141,8 @@ def test_what_a_method_did_otherwise_is_printed_and_saved(tiny_folder, text_file
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--group-size", "48"], "does not divide"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--group-size", "many"], "--group-size"),
         (["quantize", "MODEL", "--method", "quip", "--out", "OUT", "--group-size", "32"], "has no groups"),
+        (["quantize", "MODEL", "--method", "fp8", "--out", "OUT", "--bits", "4"], "no choice of bits"),
+        (["quantize", "MODEL", "--method", "fp8", "--out", "OUT", "--set", "keep=dwn_proj"], "are q_proj, k_proj"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "sped=1"], "no option 'sped'"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "bits=four"], "must be int"),
         (["quantize", "MODEL", "--method", "rtn", "--out", "OUT", "--set", "bits"], "field=value"),

@@ -81,6 +81,10 @@ class Method:
         """The grid of the linears' inputs; ``None`` leaves them in floating point."""
         return None
 
+    def kept_names(self) -> tuple[str, ...]:
+        """The names that an option lists for :meth:`keeps`; the pipeline refuses those that no linear of a model has."""
+        return ()
+
     def keeps(self, linear: str) -> bool:
         """Whether a linear, named relative to its block, stays as it is. The output head is in no block: it always does.
 

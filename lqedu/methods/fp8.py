@@ -35,7 +35,8 @@ class FP8(Method):
         kv: "fp8" stores each token of each head in E4M3 with its own scale, "none" leaves keys and values.
         format: "E4M3" or "E5M2"; two bits of mantissa are too few here, E5M2 is for gradients.
         search: "mse" takes the scale of each tile with the least squared error over one octave.
-        keep: last names of linears that stay in floating point, separated by commas: "down_proj,o_proj".
+        keep: last names of linears that stay in floating point, separated by commas: "down_proj,o_proj". A name
+            that no linear of the model has is refused when the model is quantized.
     """
 
     name: ClassVar[str] = "fp8"
@@ -86,9 +87,13 @@ class FP8(Method):
 
         return AttentionPath(key=KVFloat8(), value=KVFloat8())
 
+    def kept_names(self) -> tuple[str, ...]:
+        """The names in ``keep``."""
+        return tuple(name.strip() for name in self.keep.split(",") if name.strip())
+
     def keeps(self, linear: str) -> bool:
         """Whether ``keep`` names it."""
-        return linear.rpartition(".")[2] in [name.strip() for name in self.keep.split(",")]
+        return linear.rpartition(".")[2] in self.kept_names()
 
     def quantize_linear(self, weight: Tensor, hessian: Tensor | None = None) -> tuple[Float8Tensor, RoundingReport]:
         """Round one weight ``[out, in]`` to nearest; a Hessian only serves the report."""

@@ -143,8 +143,15 @@ def _quantized_stages(stages: tuple[Stage, ...], method: Method) -> tuple[Stage,
     """The stages of a block less the linears that the method keeps.
 
     Raises:
-        UsageError: nothing is left to quantize.
+        UsageError: nothing is left to quantize, or the method names a linear that is not there.
     """
+    there = {name.rpartition(".")[2]: None for stage in stages for name in stage.linears}  # in the order they run
+    unknown = [name for name in method.kept_names() if name not in there]
+    if unknown:
+        raise UsageError(
+            f"{method.title} is asked to keep {', '.join(map(repr, unknown))}, which this model does not have; its "
+            f"linears, to be separated by commas, are {', '.join(there)}"
+        )
     wanted = [
         dataclasses.replace(stage, linears=tuple(name for name in stage.linears if not method.keeps(name)))
         for stage in stages

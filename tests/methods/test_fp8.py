@@ -97,6 +97,29 @@ def test_what_is_kept_stays_dense_and_nothing_else():
         lqedu.quantize(model, FP8(keep=everything))
 
 
+@pytest.mark.parametrize(
+    ("keep", "named"),
+    [
+        ("dwn_proj", "'dwn_proj'"),
+        ("o_proj, dwn_proj", "'dwn_proj'"),
+        ("down_proj;o_proj", "'down_proj;o_proj'"),
+        ("mlp.down_proj", "'mlp.down_proj'"),
+        ("model.layers.0.mlp.down_proj", "'model.layers.0.mlp.down_proj'"),
+        ("fc1", "'fc1'"),
+    ],
+)
+def test_a_name_that_is_not_there_is_refused(keep, named):
+    names = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    with pytest.raises(UsageError, match=f"keep {named}, which.* are {names}"):
+        lqedu.quantize(tiny_model("llama"), FP8(keep=keep))
+
+
+def test_names_are_those_of_the_model_and_commas_may_trail():
+    layers = quantized_linears(lqedu.quantize(tiny_model("opt"), FP8(keep="fc1,")))
+    names = {name.rpartition(".")[2] for name in layers}
+    assert "fc2" in names and "fc1" not in names
+
+
 def test_the_cache_is_an_option():
     model = tiny_model("llama")
     quantized = lqedu.quantize(model, FP8(kv="fp8"))

@@ -2,7 +2,7 @@
 
 >>> import lqedu
 >>> sorted(lqedu.methods.available())[:2]
-['awq', 'gptq']
+['awq', 'fp8']
 
 Nothing heavy is imported until it is used: ``import lqedu`` loads neither torch nor transformers nor Triton.
 """

@@ -176,7 +176,7 @@ def test_refusals():
         learn_rotations(model, tiny_windows(3, 1), _method())
     with pytest.raises(UsageError, match="activation_bits or kv_bits"):
         _method(activation_bits=None, kv_bits=None)
-    with pytest.raises(UsageError, match="order 6 is known; use kv_bits=None"):
+    with pytest.raises(UsageError, match="order 6 is known; leave the keys as they are"):
         lqedu.quantize(tiny_model("llama", head_dim=6), _method(), tiny_windows())
     with pytest.raises(UnsupportedModelError, match="opt"):
         lqedu.quantize(tiny_model("opt"), _method(), tiny_windows())

@@ -7,6 +7,7 @@ error over many octaves, so its scale only has to keep the largest number finite
 Derived in chapter ``16-fp8``.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -14,9 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqedu.errors import GridError
+from lqedu.errors import GridError, UsageError
 from lqedu.formats.integer import check_weight
-from lqedu.formats.smallfloat import E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, FloatFormat
+from lqedu.formats.smallfloat import (
+    E4M3,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    FORMATS,
+    ExponentFormat,
+    FloatFormat,
+    check_floating,
+)
 from lqedu.formats.stored import StoredWeight
 from lqedu.options import check_count
 
@@ -33,12 +43,18 @@ _SEARCHED = 16  # scales tried over one octave
 def encode(x: Tensor, form: FloatFormat = E4M3, *, saturate: bool = True) -> Tensor:
     """Nearest codes of values, uint8 of the same shape, see :meth:`lqedu.formats.smallfloat.FloatFormat.encode`.
 
-    Saturating casts from 32 bits or fewer go through torch, which gives the same bits (its NaN keeps its sign). torch's cast
-    alone will not do: what it makes of values beyond the largest has changed between versions, and it rounds float64 twice.
+    Saturating casts from 32 bits or fewer go through torch, which gives the same bits for all numbers. A NaN becomes some NaN:
+    torch keeps its sign, but may make all of a bfloat16 tensor's negative (255). torch's cast alone will not do: what it
+    makes of values beyond the largest has changed between versions, and it rounds float64 twice.
+
+    Raises:
+        UsageError: no floating-point tensor of 16 bits or more, or a form that is no format.
 
     >>> encode(torch.tensor([1.0, -448.0, 1000.0]))
     tensor([ 56, 254, 126], dtype=torch.uint8)
     """
+    check_floating(x, "values to encode")
+    _check_form(form)
     if not saturate or form not in DTYPES or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return form.encode(x, saturate=saturate)
     top = torch.finfo(DTYPES[form]).max
@@ -51,9 +67,28 @@ def decode(codes: Tensor, form: FloatFormat = E4M3, dtype: torch.dtype = torch.f
     >>> decode(torch.tensor([56, 254, 1], dtype=torch.uint8))
     tensor([ 1.0000e+00, -4.4800e+02,  1.9531e-03])
     """
-    if form not in DTYPES or codes.dtype != torch.uint8:
+    _check_form(form)
+    if form not in DTYPES or getattr(codes, "dtype", None) != torch.uint8:
         return form.decode(codes, dtype)
     return codes.view(DTYPES[form]).to(dtype)
+
+
+def check_scales(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse scales of weights (``scale``) and static scales of inputs (``input_scale``) that scale nothing (GridError).
+
+    Args:
+        tensors: the buffers of an FP8 layer or the packed tensors of an FP8 weight, by name.
+    """
+    for name in ("scale", "input_scale"):
+        scale = tensors.get(name)
+        if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise GridError(f"{name} holds zero, negative, infinite or NaN values; scales are above 0, quantize again")
+
+
+def check_finite(x: Tensor) -> None:
+    """Refuse activations that hold NaN or infinities (GridError)."""
+    if not bool(torch.isfinite(x).all()):
+        raise GridError(f"the activations {list(x.shape)} hold NaN or infinite values")
 
 
 @dataclass(frozen=True)
@@ -120,6 +155,7 @@ class Float8Grid:
         Raises:
             GridError: weights that are not finite or not floating point, or whose scale is beyond float32.
         """
+        check_floating(weight, "a weight", GridError)
         check_weight(weight)
         x = self._tiled(_working(weight))
         scale = _scale(x.abs().amax((1, 3)), self.format)
@@ -133,16 +169,35 @@ class Float8Grid:
         return best
 
     def encode(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Nearest codes, uint8 ``[out, in]``, with scales as :meth:`fit` returns them."""
+        """Nearest codes, uint8 ``[out, in]``, with scales as :meth:`fit` returns them.
+
+        Raises:
+            GridError: no floating-point weight, or scales of another shape or that are not finite and above 0.
+        """
+        check_floating(weight, "a weight", GridError)
+        self._check_scale(scale, tuple(weight.shape))
         x = self._tiled(_working(weight))
         codes = encode(x / scale[:, None, :, None].to(x.dtype), _format(self.format))
         return _untiled(codes, tuple(weight.shape))
 
     def decode(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``s · decode(code)`` in ``dtype``, ``[out, in]``; multiplied in float32 or higher."""
+        """``s · decode(code)`` in ``dtype``, ``[out, in]``; multiplied in float32 or higher.
+
+        Raises:
+            UsageError: codes that are not uint8.
+            GridError: scales as in :meth:`encode`.
+        """
+        self._check_scale(scale, tuple(getattr(codes, "shape", ())))
         working = torch.promote_types(dtype, torch.float32)
         x = decode(self._tiled(codes), _format(self.format), working) * scale[:, None, :, None].to(working)
         return _untiled(x, tuple(codes.shape)).to(dtype)
+
+    def _check_scale(self, scale: Tensor, weight_shape: tuple[int, int]) -> None:
+        check_floating(scale, "scales of an FP8 grid", GridError)
+        want = self.scale_shape(weight_shape)
+        if tuple(scale.shape) != want:
+            raise GridError(f"scales of a weight {list(weight_shape)} have shape {want}, got {tuple(scale.shape)}")
+        check_scales({"scale": scale})
 
     def _tiled(self, x: Tensor) -> Tensor:
         """``[out, in]`` as ``[tile rows, height, tile columns, width]``, filled up with zeros."""
@@ -166,8 +221,8 @@ class Float8Grid:
             GridError: unknown or missing fields, or values that make no grid.
         """
         known = {f.name for f in fields(cls)}
-        if set(d) != known:
-            raise GridError(f"an FP8 grid has the fields {sorted(known)}, got {sorted(d)}")
+        if not isinstance(d, dict) or set(d) != known:
+            raise GridError(f"an FP8 grid has the fields {sorted(known)}, got {d!r}")
         return cls(**d)
 
 
@@ -182,7 +237,7 @@ class Float8Tensor(StoredWeight):
         grid: the grid.
 
     Raises:
-        GridError: tensors whose dtypes or shapes do not belong to the grid.
+        GridError: tensors whose dtypes or shapes do not belong to the grid, or scales that are not finite and above 0.
     """
 
     codes: Tensor
@@ -190,6 +245,10 @@ class Float8Tensor(StoredWeight):
     grid: Float8Grid
 
     def __post_init__(self) -> None:
+        _check_grid(self.grid)
+        for name, tensor in (("codes", self.codes), ("scale", self.scale)):
+            if not isinstance(tensor, Tensor):
+                raise GridError(f"{name} of an FP8 weight is a tensor, got {type(tensor).__name__}")
         want = self.grid.scale_shape(tuple(self.codes.shape))
         if self.codes.dtype != torch.uint8:
             raise GridError(f"codes of an FP8 grid are uint8, got {self.codes.dtype}")
@@ -198,6 +257,7 @@ class Float8Tensor(StoredWeight):
                 f"scales of this grid have shape {want} and dtype torch.float32, "
                 f"got {tuple(self.scale.shape)} and {self.scale.dtype}"
             )
+        check_scales({"scale": self.scale})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``s · decode(code)``, ``[out, in]``."""
@@ -212,7 +272,7 @@ class Float8Tensor(StoredWeight):
         """Inverse of :meth:`packed`.
 
         Raises:
-            GridError: tensors whose names, dtypes or shapes do not belong to this grid and shape.
+            GridError: tensors whose names, dtypes or shapes do not belong to this grid and shape, or impossible scales.
         """
         if set(tensors) != {"codes", "scale"}:
             raise GridError(f"an FP8 weight has the tensors codes and scale, got {sorted(tensors)}")
@@ -235,6 +295,8 @@ def float8_quantize(weight: Tensor, grid: Float8Grid) -> Float8Tensor:
     >>> float8_quantize(torch.tensor([[1.0, -2.0, 0.3, 7.0]]), Float8Grid()).dequantize()
     tensor([[ 1.0000, -2.0000,  0.3125,  7.0000]])
     """
+    check_floating(weight, "a weight", GridError)
+    _check_grid(grid)
     weight = weight.detach()
     scale = grid.fit(weight)
     return Float8Tensor(grid.encode(weight, scale), scale, grid)
@@ -250,7 +312,8 @@ class Float8ActivationGrid:
     Attributes:
         granularity: "token" (all features of a token share a scale), "tensor" (all tokens share it too) or "group"
             (``group_size`` consecutive features of a token; the last group may be smaller).
-        static: scales come from calibration, and what lies beyond saturates; only with granularity "tensor".
+        static: scales come from calibration, and what lies beyond saturates, infinities too; only with granularity
+            "tensor". A layer refuses inputs with NaN or infinities before they are encoded, as :meth:`fit` does.
         group_size: 128, which kernels expect; only read for "group".
         format: "E4M3" or another 8-bit format of :data:`DTYPES`, by name.
 
@@ -268,6 +331,8 @@ class Float8ActivationGrid:
     def __post_init__(self) -> None:
         if self.granularity not in ("token", "tensor", "group"):
             raise GridError(f"granularity is 'token', 'tensor' or 'group', got {self.granularity!r}")
+        if not isinstance(self.static, bool):
+            raise GridError(f"static is True or False, got {self.static!r}")
         if self.static and self.granularity != "tensor":
             raise GridError("a static scale cannot know the tokens to come; use granularity='tensor' or static=False")
         check_count("group_size", self.group_size, least=1, error=GridError)
@@ -277,8 +342,12 @@ class Float8ActivationGrid:
         """Dynamic scales, ``[..., 1]`` per token, ``[1]`` per tensor, ``[..., groups]``; float32. There is no zero point.
 
         Raises:
-            GridError: activations that hold NaN or infinities.
+            GridError: no floating-point activations ``[..., in]`` with a feature or more (and a token or more where all
+                share a scale), or activations that hold NaN or infinities.
         """
+        check_floating(x, "activations", GridError)
+        if x.dim() == 0 or x.shape[-1] == 0 or (self.granularity == "tensor" and x.numel() == 0):
+            raise GridError(f"activations have shape [..., in] with a token and a feature or more, got {list(x.shape)}")
         magnitude = x.to(torch.float32).abs()
         if self.granularity == "tensor":
             amax = magnitude.reshape(-1).amax(-1, keepdim=True)
@@ -286,12 +355,17 @@ class Float8ActivationGrid:
             amax = magnitude.amax(-1, keepdim=True)
         else:
             amax = pad(magnitude, (0, -x.shape[-1] % self.group_size)).unflatten(-1, (-1, self.group_size)).amax(-1)
-        if not bool(torch.isfinite(amax).all()):
-            raise GridError(f"the activations {list(x.shape)} hold NaN or infinite values")
+        if not bool(torch.isfinite(amax).all()):  # cheaper than check_finite: the largest tells of all
+            check_finite(x)
         return _scale(amax, self.format), None
 
     def encode(self, x: Tensor, scale: Tensor, zero: None = None) -> Tensor:
-        """Nearest codes of ``x / s``, uint8 of the shape of ``x``; beyond the largest value they saturate."""
+        """Nearest codes of ``x / s``, uint8 of the shape of ``x``; beyond the largest value they saturate.
+
+        Raises:
+            GridError: no floating-point activations, or scales that are not one for each of their groups.
+        """
+        check_floating(x, "activations", GridError)
         return encode(x.to(torch.float32) / self._spread(scale, x.shape[-1]), _format(self.format))
 
     def decode(self, codes: Tensor, scale: Tensor, zero: None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -304,6 +378,10 @@ class Float8ActivationGrid:
         return self.decode(self.encode(x, scale), scale, dtype=x.dtype)
 
     def _spread(self, scale: Tensor, features: int) -> Tensor:
+        check_floating(scale, "scales of activations", GridError)
+        groups = -(-features // self.group_size) if self.granularity == "group" else 1
+        if scale.dim() == 0 or scale.shape[-1] != groups:
+            raise GridError(f"{features} features have scales [..., {groups}] on this grid, got {list(scale.shape)}")
         return scale.repeat_interleave(self.group_size, -1)[..., :features] if self.granularity == "group" else scale
 
     def to_dict(self) -> dict[str, Any]:
@@ -318,9 +396,19 @@ class Float8ActivationGrid:
             GridError: unknown or missing fields, or values that contradict each other.
         """
         known = {"kind"} | {f.name for f in fields(cls)}
-        if set(d) != known or d["kind"] != cls.kind:
+        if not isinstance(d, dict) or set(d) != known or d["kind"] != cls.kind:
             raise GridError(f"an FP8 activation grid has the fields {sorted(known)} and kind {cls.kind!r}, got {d!r}")
         return cls(**{key: value for key, value in d.items() if key != "kind"})
+
+
+def _check_form(form: object) -> None:
+    if not isinstance(form, FloatFormat | ExponentFormat):
+        raise UsageError(f"form is a format such as lqedu.formats.smallfloat.E4M3, got {form!r}")
+
+
+def _check_grid(grid: object) -> None:
+    if not isinstance(grid, Float8Grid):
+        raise GridError(f"grid is a Float8Grid, such as Float8Grid('channel'), got {grid!r}")
 
 
 def _format(name: str) -> FloatFormat:

@@ -4,9 +4,10 @@
     NVFP4          x ≈ s_t · s_b · c     c in E2M1, blocks of 16, s_b in E4M3, one float32 s_t for the tensor
 
 The two families choose their scale by different rules. MX takes the power of two that puts the largest element into the
-top octave of its format, ``e = floor(log2 max|x|) - emax``: what lies beyond the format's largest value saturates, up to
-an eighth of E4M3's top octave and a quarter of E2M1's. NVFP4 puts the largest element onto the largest code, to the accuracy of a
-three-bit mantissa; its float32 scale keeps the block scales inside E4M3's range.
+top octave of its format, ``e = floor(log2 max|x|) - emax``: what lies beyond the format's largest value saturates and loses up
+to an eighth of its value in E4M3 (512 to 448) and a quarter in E2M1 (8 to 6). NVFP4 puts the largest element onto the
+largest code, to the accuracy of a three-bit mantissa; its float32 scale puts the largest block scale onto 448. A block whose
+largest element is below 2.1e-6 of the tensor's has a scale that underflows E4M3: all of it becomes zero.
 
 OCP Microscaling Formats (MX) Specification, 1.0, 2023. Derived in chapter ``16-fp8``.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from lqedu.errors import GridError
 from lqedu.formats.fp8 import decode, encode
 from lqedu.formats.packing import pack
-from lqedu.formats.smallfloat import E2M1, E4M3, E8M0, ExponentFormat, FloatFormat
+from lqedu.formats.smallfloat import E2M1, E4M3, E8M0, ExponentFormat, FloatFormat, check_floating
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,18 @@ class BlockTensor:
 def block_quantize(x: Tensor, form: BlockFormat) -> BlockTensor:
     """Round a tensor ``[..., n]`` to a microscaling format; computed in float32. Blocks of zeros decode to zeros.
 
+    So do blocks of NVFP4 that are tiny beside the largest of the tensor: 1e-6 beside 1 (their E4M3 scale underflows).
+
     Raises:
-        GridError: values that are not finite or not floating point, or blocks that do not divide the last axis.
+        GridError: values that are not finite or not floating point, a form that is no block format, or blocks that do not
+            divide the last axis.
 
     >>> block_quantize(torch.tensor([[1.0, -3.0, 7.0, 0.3] * 8]), MXFP4).dequantize()[0, :4]     # 7 = 1.75 · 4 is clipped
     tensor([ 1.0000, -3.0000,  6.0000,  0.5000])
     """
-    if not x.is_floating_point():
-        raise GridError(f"only floating-point values have codes of {form.name}, got {x.dtype}")
+    if not isinstance(form, BlockFormat):
+        raise GridError(f"form is a block format such as lqedu.formats.microscaling.MXFP8, got {form!r}")
+    check_floating(x, f"values for {form.name}", GridError)
     if x.dim() == 0 or x.numel() == 0 or x.shape[-1] % form.block_size:
         raise GridError(
             f"blocks of {form.block_size} do not divide the last axis of {list(x.shape)}; fill it up with zeros"

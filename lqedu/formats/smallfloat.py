@@ -13,7 +13,34 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lqedu.errors import UsageError
+from lqedu.errors import LqeduError, UsageError
+from lqedu.options import check_count
+
+_WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(x: object, what: str, error: type[LqeduError] = UsageError) -> None:
+    """Refuse what is no floating-point tensor of 16 bits or more: numbers, lists, integer codes, torch's own FP8 tensors.
+
+    Args:
+        x: whatever the caller gave.
+        what: it should be, for the sentence.
+        error: class to raise.
+
+    >>> check_floating([1.0], "a weight")
+    Traceback (most recent call last):
+        ...
+    lqedu.errors.UsageError: a weight: a floating-point tensor of 16 bits or more is needed, got list; convert it first
+    """
+    if not isinstance(x, Tensor) or x.dtype not in _WIDE:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise error(f"{what}: a floating-point tensor of 16 bits or more is needed, got {got}; convert it first")
+
+
+def _check_codes(codes: object, name: str) -> None:
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+        got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+        raise UsageError(f"codes of {name} are a tensor of uint8, got {got}; encode makes them")
 
 
 @dataclass(frozen=True)
@@ -31,6 +58,10 @@ class FloatFormat:
         bias: subtracted from the exponent field.
         specials: "ieee" keeps the top exponent for infinities and NaN; "fn" (finite, NaN) only the code of all ones, as
             NaN; "fnuz" (finite, NaN, unsigned zero) only the code of minus zero, as NaN; "none" has no special code.
+
+    Raises:
+        UsageError: no exponent or no mantissa, more than 8 bits, a bias whose values float32 does not hold exactly, or
+            specials that are none of these.
     """
 
     name: str
@@ -38,6 +69,13 @@ class FloatFormat:
     mantissa_bits: int
     bias: int
     specials: Literal["ieee", "fn", "fnuz", "none"]
+
+    def __post_init__(self) -> None:
+        check_count("exponent_bits", self.exponent_bits, least=1, most=6)
+        check_count("mantissa_bits", self.mantissa_bits, least=1, most=7 - self.exponent_bits)  # a code is a byte
+        check_count("bias", self.bias, least=-64, most=144)  # 2^-149 and 2^127 are the ends of float32
+        if self.specials not in ("ieee", "fn", "fnuz", "none"):
+            raise UsageError(f"specials is 'ieee', 'fn', 'fnuz' or 'none', got {self.specials!r}")
 
     @property
     def bits(self) -> int:
@@ -81,8 +119,7 @@ class FloatFormat:
         Raises:
             UsageError: codes that are not uint8.
         """
-        if codes.dtype != torch.uint8:
-            raise UsageError(f"codes of {self.name} are uint8, got {codes.dtype}")
+        _check_codes(codes, self.name)
         code = codes.to(torch.int64)
         negative, magnitude = (code & self._sign) != 0, code & (self._sign - 1)
         e, m = magnitude >> self.mantissa_bits, magnitude & ((1 << self.mantissa_bits) - 1)
@@ -109,8 +146,7 @@ class FloatFormat:
         Raises:
             UsageError: not a floating dtype; or NaN, or ``saturate=False``, in a format without NaN.
         """
-        if not x.is_floating_point():
-            raise UsageError(f"only floating-point values have codes of {self.name}, got {x.dtype}")
+        check_floating(x, f"values for codes of {self.name}")
         missing = torch.isnan(x)
         if self.specials == "none" and (not saturate or bool(missing.any())):
             raise UsageError(f"{self.name} has no code for NaN or infinity; saturate, and keep NaN out")
@@ -193,8 +229,7 @@ class ExponentFormat:
         Raises:
             UsageError: codes that are not uint8.
         """
-        if codes.dtype != torch.uint8:
-            raise UsageError(f"codes of {self.name} are uint8, got {codes.dtype}")
+        _check_codes(codes, self.name)
         code = codes.to(torch.int64)
         value = torch.ldexp(torch.ones_like(code, dtype=torch.float64), code - self.bias)
         return torch.where(code >= self.nan_code, torch.nan, value).to(dtype)
@@ -210,11 +245,12 @@ class ExponentFormat:
             uint8 of the same shape. Positive values below the smallest become the smallest; zero, negative values and NaN
             have no neighbour here and become NaN.
 
+        From 2^-127 to 1.5 · 2^-127, casts of others (ml_dtypes, torch) round up to 2^-126. Here the nearest is taken.
+
         Raises:
             UsageError: not a floating dtype.
         """
-        if not x.is_floating_point():
-            raise UsageError(f"only floating-point values have codes of {self.name}, got {x.dtype}")
+        check_floating(x, f"values for codes of {self.name}")
         fraction, exponent = torch.frexp(x.to(torch.float64))  # x = fraction * 2^exponent, 1/2 <= fraction < 1
         code = exponent.to(torch.int64) - 1 + self.bias + (fraction >= 0.75).to(torch.int64)
         code = torch.where(torch.isinf(x), self.nan_code, code).clamp(min=0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lqedu.errors import GridError
-from lqedu.formats.fp8 import Float8ActivationGrid, Float8Tensor, decode
+from lqedu.formats.fp8 import Float8ActivationGrid, Float8Tensor, check_finite, check_scales, decode
 from lqedu.formats.smallfloat import FORMATS
 from lqedu.runtime.linear import QuantLinear
 
@@ -160,7 +160,13 @@ class Float8Linear(QuantLinear):
 
     With FP8 inputs both operands are codes. Otherwise the weight is decoded at every call: memory is saved, time is not.
 
+    FP8 inputs that hold NaN or infinities are refused (GridError), whether their scales are dynamic or static: a static
+    scale would turn an infinity into its largest value, and nobody would notice.
+
     Buffers: ``codes`` uint8 ``[out, in]``, ``scale`` float32 ``grid.scale_shape``, and ``input_scale`` for a static grid.
+
+    Raises:
+        GridError: as :class:`QuantLinear`; groups and blocks of different sizes; a static scale not finite and above 0.
     """
 
     _activation_type = Float8ActivationGrid
@@ -169,6 +175,13 @@ class Float8Linear(QuantLinear):
         super().__init__(quantized, *args, **kwargs)
         if self.path.activation is not None:
             inputs_per_scale(self.path.activation, quantized)  # contradictions die here
+        check_scales(dict(self.named_buffers(recurse=False)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :meth:`QuantLinear.forward`."""
+        if self.path.activation is not None and self.path.activation.static:
+            check_finite(x)
+        return super().forward(x)
 
     def product(self, codes: Tensor, scale: Tensor, zero: None) -> Tensor:
         """See :func:`float8_linear`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lqedu.errors import GridError
 from lqedu.formats import IntGrid, QTensor
-from lqedu.formats.fp8 import Float8Grid, Float8Tensor
+from lqedu.formats.fp8 import Float8Grid, Float8Tensor, check_scales
 from lqedu.formats.progressive import ProgressiveGrid, ProgressiveTensor
 from lqedu.formats.requantized import RequantizedGrid, RequantizedTensor
 from lqedu.runtime.float8 import Float8Linear
@@ -40,7 +40,7 @@ KINDS: dict[str, Kind] = {
     "incoherent": Kind(IncoherentLayout, IncoherentWeight, IncoherentLinear, check_orders),
     "progressive": Kind(ProgressiveGrid, ProgressiveTensor, TwoLevelLinear),
     "requantized": Kind(RequantizedGrid, RequantizedTensor, TwoLevelLinear),
-    "float8": Kind(Float8Grid, Float8Tensor, Float8Linear),
+    "float8": Kind(Float8Grid, Float8Tensor, Float8Linear, check_scales),
 }
 
 

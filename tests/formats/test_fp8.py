@@ -136,8 +136,46 @@ def test_foreign_tensors_are_refused():
     ):
         with pytest.raises(GridError, match=sentence):
             Float8Tensor.from_packed(packed | change, stored.grid, stored.shape)
-    with pytest.raises(GridError, match="fields"):
-        Float8Grid.from_dict({"granularity": "tensor"})
+    for d in ({"granularity": "tensor"}, None, "block"):
+        with pytest.raises(GridError, match="fields"):
+            Float8Grid.from_dict(d)
+    with pytest.raises(GridError, match="grid is a Float8Grid"):
+        Float8Tensor(stored.codes, stored.scale, "block")
+    with pytest.raises(GridError, match="scale of an FP8 weight is a tensor"):
+        Float8Tensor(stored.codes, 1.0, stored.grid)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_scales_that_scale_nothing_are_refused(granularity):
+    w = problems.weight(20, 36, seed=0)
+    stored = float8_quantize(w, Float8Grid(granularity, 16))
+    grid, packed = stored.grid, stored.packed()
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        scale = stored.scale.clone()
+        scale[-1, -1] = bad
+        for use in (
+            lambda scale=scale: grid.encode(w, scale),
+            lambda scale=scale: grid.decode(stored.codes, scale),
+            lambda scale=scale: Float8Tensor(stored.codes, scale, grid),
+            lambda scale=scale: Float8Tensor.from_packed(packed | {"scale": scale}, grid, stored.shape),
+        ):
+            with pytest.raises(GridError, match="zero, negative"):
+                use()
+    others = [torch.ones(5, 7), torch.ones(3), torch.ones(()), stored.scale[None]]
+    for scale in others:
+        for use in (lambda s=scale: grid.encode(w, s), lambda s=scale: grid.decode(stored.codes, s)):
+            with pytest.raises(GridError, match="have shape"):
+                use()
+    with pytest.raises(GridError, match="floating-point"):
+        grid.encode(w, stored.scale.to(torch.int32))
+    for wrong in (w.to(torch.int8), w.to(torch.float8_e4m3fn), w.tolist()):
+        for use in (lambda x=wrong: grid.encode(x, stored.scale), lambda x=wrong: grid.fit(x)):
+            with pytest.raises(GridError, match="floating-point"):
+                use()
+        with pytest.raises(GridError, match="floating-point"):
+            float8_quantize(wrong, grid)
+    with pytest.raises(GridError, match="grid is a Float8Grid"):
+        float8_quantize(w, granularity)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +189,7 @@ def test_foreign_tensors_are_refused():
         (Float8Grid, {"search": "yes"}, "search"),
         (Float8ActivationGrid, {"granularity": "channel"}, "granularity"),
         (Float8ActivationGrid, {"static": True}, "granularity='tensor'"),
+        (Float8ActivationGrid, {"granularity": "tensor", "static": "yes"}, "static is True or False"),
         (Float8ActivationGrid, {"group_size": 1.5}, "group_size"),
         (Float8ActivationGrid, {"format": "FP8"}, "format"),
     ],
@@ -185,6 +224,35 @@ def test_a_static_scale_saturates_what_it_has_not_seen():
 def test_activation_grids_as_data():
     grid = Float8ActivationGrid("tensor", static=True, format="E5M2")
     assert Float8ActivationGrid.from_dict(grid.to_dict()) == grid
-    for d in ({"kind": "float8"}, grid.to_dict() | {"kind": "integer"}, {}):
+    for d in ({"kind": "float8"}, grid.to_dict() | {"kind": "integer"}, {}, None):
         with pytest.raises(GridError, match="fields"):
             Float8ActivationGrid.from_dict(d)
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor", "group"])
+def test_activations_that_are_none_are_refused(granularity):
+    grid = Float8ActivationGrid(granularity, group_size=16)
+    for wrong in (
+        1.0,
+        None,
+        torch.ones(2, 40, dtype=torch.int8),
+        torch.ones(2, 40) > 0,
+        torch.ones(2).to(torch.float8_e5m2),
+    ):
+        for use in (grid.fit, grid.round_trip, lambda x: grid.encode(x, torch.ones(1))):
+            with pytest.raises(GridError, match="floating-point"):
+                use(wrong)
+    for wrong in (torch.ones(()), torch.ones(3, 0)):
+        with pytest.raises(GridError, match="a token and a feature"):
+            grid.fit(wrong)
+    if granularity == "tensor":
+        with pytest.raises(GridError, match="a token and a feature"):
+            grid.fit(torch.ones(0, 40))
+    else:
+        assert grid.fit(torch.ones(0, 40))[0].numel() == 0
+    x = torch.ones(2, 40)
+    for scale in (torch.ones(2, 2), torch.ones(()), torch.ones(2, 40)):
+        with pytest.raises(GridError, match="features have scales"):
+            grid.encode(x, scale)
+        with pytest.raises(GridError, match="features have scales"):
+            grid.decode(torch.ones(2, 40, dtype=torch.uint8), scale)

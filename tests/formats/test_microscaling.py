@@ -117,8 +117,28 @@ def test_tiny_blocks():
     assert torch.equal(block_round_trip(x, MXFP8), torch.zeros(1, 32))  # below the subnormals of the smallest scale
 
 
+def test_nvfp4_loses_blocks_that_are_tiny_beside_the_largest():
+    """Their scale rounds to zero from half the smallest subnormal on: 2^-10 / 448 of the largest. MX keeps them."""
+    edge = 2.0**-10 / 448
+    for ratio, kept in ((1e-6, False), (0.99 * edge, False), (1.01 * edge, True)):
+        x = torch.cat([torch.ones(1, 32), torch.full((1, 32), ratio)], 1)
+        assert bool(block_round_trip(x, NVFP4)[:, 32:].any()) is kept
+        assert bool(block_round_trip(x, MXFP4)[:, 32:].all())
+
+
+def test_what_saturates_loses_up_to_an_eighth_or_a_quarter():
+    for form, loss in ((MXFP8, 1 / 8), (MXFP4, 1 / 4)):
+        x = torch.full((1, 32), 8 * (1 - 2.0**-20))
+        assert float(1 - (block_round_trip(x, form) / x)[0, 0]) == pytest.approx(loss, rel=1e-4)
+
+
 @pytest.mark.parametrize("form", [MXFP8, MXFP4, NVFP4])
 def test_bad_input_is_refused(form):
+    for wrong in ([1.0] * 32, torch.ones(2, 32).to(torch.float8_e4m3fn), None):
+        with pytest.raises(GridError, match="floating-point"):
+            block_quantize(wrong, form)
+    with pytest.raises(GridError, match="block format"):
+        block_quantize(torch.ones(2, 32), form.name)
     with pytest.raises(GridError, match="do not divide"):
         block_quantize(torch.zeros(2, 40), form)
     with pytest.raises(GridError, match="floating-point"):

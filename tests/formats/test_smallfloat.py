@@ -8,7 +8,7 @@ import torch
 import lqedu
 from lqedu.errors import UsageError
 from lqedu.formats import fp8
-from lqedu.formats.smallfloat import E2M1, E2M3, E3M2, E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, E8M0, FORMATS
+from lqedu.formats.smallfloat import E2M1, E2M3, E3M2, E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, E8M0, FORMATS, FloatFormat
 
 TORCH = {
     "E4M3": torch.float8_e4m3fn,
@@ -220,3 +220,43 @@ def test_bad_input_is_refused():
     for x, saturate in ((torch.tensor([float("nan")]), True), (torch.tensor([1.0]), False)):
         with pytest.raises(UsageError, match="E2M1 has no code"):
             E2M1.encode(x, saturate=saturate)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ((0, 3, 7, "fn"), "exponent_bits"),
+        ((4, 0, 7, "fn"), "mantissa_bits"),
+        ((5, 3, 7, "fn"), "mantissa_bits is a whole number, from 1 to 2"),
+        ((8, 7, 127, "ieee"), "exponent_bits"),
+        ((4, 3, 7.0, "fn"), "bias"),
+        ((4, 3, True, "fn"), "bias"),
+        ((4, 3, 1000, "fn"), "bias"),
+        ((4, 3, 7, "inf"), "specials"),
+        ((4, 3, 7, None), "specials"),
+    ],
+)
+def test_formats_that_make_no_sense_are_refused(fields, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        FloatFormat("", *fields)
+
+
+@pytest.mark.parametrize(("exponent", "mantissa", "bias"), [(1, 6, 144), (6, 1, -64), (1, 1, 0)])
+def test_the_widest_formats_are_exact_in_float32(exponent, mantissa, bias):
+    form = FloatFormat("", exponent, mantissa, bias, "none")
+    codes = torch.arange(1 << form.bits, dtype=torch.uint8)
+    assert torch.equal(form.decode(codes).double(), form.decode(codes, torch.float64))
+    assert torch.equal(form.encode(form.values()), codes)
+
+
+@pytest.mark.parametrize("wrong", [1.0, None, [1.0], torch.tensor([1]), torch.tensor([1.0]).to(torch.float8_e4m3fn)])
+def test_what_is_no_floating_point_tensor_is_refused(wrong):
+    for encode in (E4M3.encode, E8M0.encode, fp8.encode):
+        with pytest.raises(UsageError, match="floating-point"):
+            encode(wrong)
+    for decode in (E4M3.decode, E8M0.decode, fp8.decode):
+        with pytest.raises(UsageError, match="uint8"):
+            decode(wrong)
+    for function, x in ((fp8.encode, torch.ones(2)), (fp8.decode, torch.ones(2, dtype=torch.uint8))):
+        with pytest.raises(UsageError, match="form is a format"):
+            function(x, "E4M3")

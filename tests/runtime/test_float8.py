@@ -18,7 +18,7 @@ from lqedu.runtime.float8 import (
     scaled_matmul,
 )
 from lqedu.runtime.inputs import InputPath
-from lqedu.runtime.kinds import describe, layer_of, rebuild
+from lqedu.runtime.kinds import check_layer, describe, layer_of, rebuild
 from tests import problems
 from tests.compare import relative_error
 from tests.tolerances import FP8_TENSOR_CORES
@@ -190,6 +190,38 @@ def test_a_static_scale_is_a_buffer_and_moving_keeps_all_bits():
     layer.bfloat16()
     assert all(torch.equal(buffer, before[key]) for key, buffer in layer.named_buffers())
     assert sum(before[key].nbytes for key in ("codes", "scale")) == layer.nbytes == stored.nbytes
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_static_and_dynamic_layers_refuse_what_is_not_finite(static, bad):
+    grid = Float8ActivationGrid("tensor", static=static)
+    x = torch.randn(3, 48, generator=problems.seeded(2))
+    layer = layer_of(
+        float8_quantize(problems.weight(24, 48, seed=1), Float8Grid()), None, InputPath(activation=grid), grid.fit(x)
+    )
+    layer(x)
+    x[1, 2] = bad
+    with pytest.raises(GridError, match="NaN or infinite"):
+        layer(x)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_loaded_scales_are_finite_and_above_zero(bad):
+    stored = float8_quantize(problems.weight(24, 48, seed=1), Float8Grid())
+    path = InputPath(activation=Float8ActivationGrid("tensor", static=True))
+    wrong = torch.full((1,), bad)
+    with pytest.raises(GridError, match="input_scale holds"):
+        layer_of(stored, None, path, (wrong, None))
+    for name in ("scale", "input_scale"):
+        layer = layer_of(stored, None, path)
+        check_layer(layer)
+        layer.load_state_dict(layer.state_dict() | {name: wrong.expand_as(layer.get_buffer(name)).clone()})
+        with pytest.raises(GridError, match=f"{name} holds"):
+            check_layer(layer)
+        stored = float8_quantize(problems.weight(24, 48, seed=1), Float8Grid())  # the layer shares its tensors
+    with pytest.raises(GridError, match="scale holds"):
+        rebuild(describe(stored), stored.packed() | {"scale": wrong.expand(24, 1)})
 
 
 def test_describes_and_rebuilds():

@@ -15,6 +15,7 @@ from lqedu.errors import GridError
 from lqedu.formats.activation import ActivationGrid
 from lqedu.formats.fp8 import Float8ActivationGrid
 from lqedu.linalg.hadamard import fast_hadamard
+from lqedu.options import check_count
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,19 @@ class InputPath:
         stride: features between two neighbours in a transform. 1 transforms runs of ``hadamard`` consecutive features;
             the head size with ``hadamard`` = number of heads transforms across heads.
         activation: the grid of the codes that enter the product; ``None`` leaves the input in floating point.
+
+    Raises:
+        GridError: a length or stride that is no whole number of at least 1.
     """
 
     hadamard: int | None = None
     stride: int = 1
     activation: ActivationGrid | Float8ActivationGrid | None = None
+
+    def __post_init__(self) -> None:
+        if self.hadamard is not None:
+            check_count("hadamard", self.hadamard, least=1, error=GridError)
+        check_count("stride", self.stride, least=1, error=GridError)
 
     def transform(self, x: Tensor) -> Tensor:
         """The orthonormal Hadamard transform of ``x`` along its last axis, or ``x`` itself.

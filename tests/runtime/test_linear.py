@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 
+from lqedu.errors import GridError
 from lqedu.formats import IntGrid
 from lqedu.rounding import nearest
 from lqedu.runtime import QuantLinear
+from lqedu.runtime.inputs import InputPath
 from tests import problems
 
 
@@ -25,3 +27,9 @@ def test_equals_the_dense_layer(bits: int, symmetric: bool, granularity: str) ->
     assert torch.equal(layer.quantized.codes, q.codes)
     stored = sum(buffer.nbytes for buffer in layer.buffers())
     assert stored == layer.nbytes == q.nbytes
+
+
+@pytest.mark.parametrize("fields", [{"hadamard": 0}, {"stride": 0}, {"hadamard": 4.0}, {"stride": True}])
+def test_a_transform_of_no_features_is_refused(fields):
+    with pytest.raises(GridError, match="whole number, at least 1"):
+        InputPath(**fields)

@@ -19,7 +19,7 @@ from torch import Tensor
 from lqedu.errors import GridError
 from lqedu.formats import fp8
 from lqedu.formats.packing import pack, packed_width, unpack
-from lqedu.formats.smallfloat import E4M3
+from lqedu.formats.smallfloat import E4M3, check_floating
 from lqedu.options import check_count, check_number
 
 
@@ -217,8 +217,9 @@ def kv_grid_from_dict(d: dict[str, Any]) -> KVGrid:
 
 def _vectors(x: Tensor) -> Tensor:
     """Keys or values in float32."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
-        raise GridError("keys and values are a floating-point tensor [..., head_dim] with a feature or more")
+    check_floating(x, "keys or values", GridError)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise GridError(f"keys and values are [..., head_dim] with a feature or more, got {list(x.shape)}")
     return x.to(torch.float32)
 
 

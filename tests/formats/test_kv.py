@@ -141,7 +141,7 @@ def test_what_an_fp16_scale_cannot_hold_is_refused(grid, bad):
     "x", [[1.0, 2.0], torch.tensor(1.0), torch.ones(2, 0), torch.ones(2, 3, dtype=torch.complex64)]
 )
 def test_what_is_no_vector_of_floats_is_refused(grid, x):
-    with pytest.raises(GridError, match="floating-point tensor"):
+    with pytest.raises(GridError, match=r"keys (or|and) values"):
         grid.encode(x)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lqedu.errors import UsageError
-from lqedu.formats.smallfloat import E4M3, E5M2, FloatFormat
+from lqedu.formats.fp8 import decode, encode
+from lqedu.formats.smallfloat import E4M3, E5M2, FloatFormat, check_floating
 from lqedu.options import check_count
 
-_TORCH = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}  # formats to which torch rounds, much faster
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _LARGEST_MARGIN = 16
 
@@ -53,12 +53,9 @@ class Recipe:
                 raise UsageError(f"{name} must be a float format that has a NaN, such as E4M3 or E5M2, got {fmt!r}")
         if not isinstance(self.scaling, str) or self.scaling not in SCALINGS:
             raise UsageError(f"scaling must be one of {', '.join(SCALINGS)}, got {self.scaling!r}")
-        for name, low in (("history", 1), ("interval", 1), ("margin", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UsageError(f"{name} must be a whole number of at least {low}, got {value!r}")
-        if self.margin > _LARGEST_MARGIN:
-            raise UsageError(f"margin must be at most {_LARGEST_MARGIN}, or most of the format is empty: {self.margin}")
+        check_count("history", self.history, least=1)
+        check_count("interval", self.interval, least=1)
+        check_count("margin", self.margin, most=_LARGEST_MARGIN)  # beyond it most of the format is empty
 
 
 # --- one tensor -------------------------------------------------------------------------------------------------------
@@ -70,7 +67,7 @@ def largest(x: Tensor) -> Tensor:
     Raises:
         UsageError: not a floating tensor.
     """
-    _require_floating(x)
+    check_floating(x, "what is scaled")
     return x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
 
 
@@ -88,7 +85,7 @@ def scale_of(amax: Tensor, fmt: FloatFormat, margin: int = 0) -> Tensor:
     Raises:
         UsageError: an ``amax`` that is no floating tensor, NaN, infinite or negative; a margin that is not from 0 to 16.
     """
-    _require_floating(amax)
+    check_floating(amax, "what is scaled")
     check_count("margin", margin, most=_LARGEST_MARGIN)
     if not bool((torch.isfinite(amax) & (amax >= 0)).all()):
         raise UsageError(
@@ -105,8 +102,8 @@ def _scale(amax: Tensor, fmt: FloatFormat, margin: int) -> Tensor:
 def fp8_round(x: Tensor, scale: Tensor, fmt: FloatFormat) -> Tensor:
     """``x / scale`` rounded to the nearest value of a format, ties to even; multiply by ``scale`` to get ``x`` back.
 
-    Finite values beyond the format's largest become the largest, also where ``x / scale`` overflows. NaN stays NaN and an infinity becomes NaN: neither may
-    turn into a number that looks like any other.
+    Finite values beyond the format's largest become the largest, also where ``x / scale`` overflows. NaN stays NaN and an
+    infinity becomes NaN: neither may turn into a number that looks like any other.
 
     Args:
         x: any floating dtype and shape.
@@ -119,17 +116,15 @@ def fp8_round(x: Tensor, scale: Tensor, fmt: FloatFormat) -> Tensor:
     Raises:
         UsageError: ``x`` or ``scale`` is not a floating tensor, or a scale is not positive and finite.
     """
-    _require_floating(x)
-    _require_floating(scale)
+    check_floating(x, "what is scaled")
+    check_floating(scale, "what is scaled")
     if not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise UsageError(
             "a scale is positive and finite; make it with scale_of, or look at the checkpoint it came from"
         )
     inside = (x.float() / scale).clamp(-fmt.max, fmt.max)
     inside = torch.where(torch.isfinite(x), inside, math.nan)  # asked of x: a finite quotient may overflow
-    if fmt.name in _TORCH:
-        return inside.to(_TORCH[fmt.name]).float()
-    return fmt.decode(fmt.encode(inside))
+    return decode(encode(inside, fmt), fmt)
 
 
 def out_of_range(x: Tensor, scale: Tensor | float, fmt: FloatFormat) -> tuple[float, float]:
@@ -139,18 +134,13 @@ def out_of_range(x: Tensor, scale: Tensor | float, fmt: FloatFormat) -> tuple[fl
     Raises:
         UsageError: ``x`` is not a floating tensor, has no values, or holds NaN or infinities.
     """
-    _require_floating(x)
+    check_floating(x, "what is scaled")
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     if not x.numel() or not bool(torch.isfinite(largest(x))):
         raise UsageError("shares out of range need a tensor of finite values")
     present = x != 0
     lost = present & (fp8_round(x, scale, fmt) == 0)
     return float(lost.sum() / present.sum().clamp(min=1)), float((x.abs() > fmt.max * scale).float().mean())
-
-
-def _require_floating(x: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise UsageError(f"only floating-point tensors are scaled, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
 # --- where a scale comes from -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ MATHJAX := $(HTML)/_static/mathjax
 UNIT := $(BIN)/python -m pytest -m "not site" -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test check lint unit notebooks site execute model linkcheck clean
+.PHONY: help book serve test check lint unit kernels notebooks site execute model linkcheck clean
 
 help:
 	@echo "make book              render the committed notebooks to $(HTML) (no torch needed)"
@@ -20,7 +20,7 @@ help:
 	@echo "make check             the book's conventions, in seconds"
 	@echo "make lint              ruff"
 	@echo "make test              everything CI runs: lint, check, unit tests, notebooks, site, browser tests"
-	@echo "make unit|notebooks|site   parts of make test"
+	@echo "make unit|kernels|notebooks|site   parts of make test"
 	@echo "make clean             remove what make made, $(VENV) included"
 
 # --- environments: one folder, two levels; a stamp tells what is in it ------------------------------------------------
@@ -39,7 +39,7 @@ $(VENV)/stamp-book: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/stamp-all: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "==> installing lqedu and everything that tests it (a few minutes the first time)"
-	$(PIP) -e '.[notebook,book,dev]'
+	$(PIP) -e '.[notebook,book,dev,gpu]'
 	@touch $@ $(VENV)/stamp-book
 
 # --- the book ---------------------------------------------------------------------------------------------------------
@@ -74,6 +74,18 @@ lint: $(VENV)/stamp-all
 unit: $(VENV)/stamp-all
 	OMP_NUM_THREADS=1 $(UNIT)
 
+# Triton decides at import whether it interprets, so the kernels have processes of their own: one runs them on the CPU, one
+# compiles them for GPUs that are not there, one does so for the Gluon kernels, which need Triton 3.6.
+kernels: $(VENV)/stamp-all $(VENV)/triton36/stamp
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels kernels/lqedu_kernels -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/kernels_compiled -n 2 --dist loadfile
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest tests/kernels_compiled -n 2 --dist loadfile
+
+$(VENV)/triton36/stamp: $(VENV)/stamp-all
+	@echo "==> Triton 3.6, the compiler of the Gluon kernels, beside the newer one"
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(VENV)/triton36 'triton==3.6.0'
+	@touch $@
+
 # The model is fetched and converted once, here, so that no notebook cell waits for it.
 model: $(VENV)/stamp-all
 	@echo "==> the embedded model (fetched once, then cached)"
@@ -95,6 +107,7 @@ test: $(VENV)/stamp-all
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory check
 	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory kernels
 	$(MAKE) --no-print-directory notebooks
 	$(MAKE) --no-print-directory site
 

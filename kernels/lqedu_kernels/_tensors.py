@@ -1,0 +1,79 @@
+"""What every wrapper asks of its arguments before a kernel is launched, and of the device that will run it.
+
+Errors are plain :class:`TypeError` and :class:`ValueError`; each is one sentence that names the argument, what came, what
+is wanted and how to get it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+#: Whether kernels run in Triton's interpreter, on the CPU. Read once: Triton decides at decoration time.
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+
+
+class Target(NamedTuple):
+    """The device a kernel is compiled for."""
+
+    name: str  #: as torch spells it, "NVIDIA H100 80GB HBM3"; "interpreter" without a GPU
+    capability: tuple[int, int]  #: (9, 0) for Hopper
+    processors: int  #: streaming multiprocessors
+
+
+#: What is taken for the device instead of looking: the interpreter, or the GPU a test compiles for without having one.
+assumed: Target | None = Target("interpreter", (9, 0), 4) if INTERPRET else None
+
+
+def target_of(tensor: Tensor, argument: str) -> Target:
+    """The device of a tensor, refused if no kernel can run there.
+
+    Raises:
+        ValueError: a tensor that is not on a CUDA device, outside the interpreter; a GPU older than Ampere.
+    """
+    if assumed is not None:
+        return assumed
+    if not tensor.is_cuda:
+        raise ValueError(
+            f"{argument} is on {tensor.device}, but the kernel runs on a CUDA GPU: move it with .cuda(), "
+            "or set TRITON_INTERPRET=1 before Triton is imported to run on the CPU (slow, for learning)"
+        )
+    properties = torch.cuda.get_device_properties(tensor.device)
+    target = Target(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+    if target.capability < (8, 0):
+        raise ValueError(f"{argument} is on a {target.name}, but these kernels need compute capability 8.0 or newer")
+    return target
+
+
+def check_tensor(
+    argument: str,
+    tensor: Tensor,
+    *,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    what: str = "",
+) -> None:
+    """One tensor has the dtype, shape (``None``: any size), device and layout a kernel reads.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device, not contiguous, or not aligned to 16 bytes.
+    """
+    meaning = f" ({what})" if what else ""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument}{meaning} must be a tensor, got {type(tensor).__name__}")
+    wanted = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype not in wanted:
+        names = " or ".join(str(d).removeprefix("torch.") for d in wanted)
+        raise TypeError(f"{argument}{meaning} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.ndim != len(shape) or any(s is not None and s != t for s, t in zip(shape, tensor.shape, strict=True)):
+        want = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{argument}{meaning} must have shape [{want}], got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{argument}{meaning} is on {tensor.device}, the first argument on {device}: move one of them")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{argument}{meaning} is not contiguous, strides {tensor.stride()}: pass {argument}.contiguous()")
+    if tensor.numel() and tensor.data_ptr() % 16:
+        raise ValueError(f"{argument}{meaning} does not start at a multiple of 16 bytes: pass {argument}.clone()")

@@ -1,0 +1,46 @@
+"""Launch configurations: measured ones shipped as data, a documented default elsewhere. Nothing is tuned at run time.
+
+``configs/<gpu>.json`` holds, for each operation and variant, the fastest configuration found for each shape and number
+of rows by ``python -m lqedu_kernels.bench.tune``. A wrapper asks :func:`configuration`: on a GPU with a file, the entry of
+the nearest shape and the next larger number of rows; on any other GPU, ``None``, and the operation's own
+``default_config``, a pure function of the shape, decides.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+
+#: Start of a device's name -> file of measured configurations.
+_FILES = {"NVIDIA H100": "h100.json", "NVIDIA H200": "h100.json"}
+
+Config = Mapping[str, int | str | bool]
+
+
+@functools.cache
+def _table(file: str) -> Mapping[str, list[dict]]:
+    return json.loads((resources.files("lqedu_kernels") / "configs" / file).read_text(encoding="utf-8"))
+
+
+def configuration(operation: str, m: int, n: int, k: int, *, gpu: str) -> Config | None:
+    """The measured configuration for ``[m, k] x [n, k]`` on a GPU of this name, or ``None`` where nothing was measured.
+
+    Args:
+        operation: operation and variant, ``"w4a8/group128"``.
+        m, n, k: rows of the activations, output features, input features.
+        gpu: the device's name as torch spells it.
+    """
+    file = next((f for start, f in _FILES.items() if gpu.startswith(start)), None)
+    entries = _table(file).get(operation, []) if file else []
+    if not entries:
+        return None
+
+    def distance(entry: dict) -> float:
+        return abs(math.log(entry["n"] / n)) + abs(math.log(entry["k"] / k))
+
+    nearest = min(distance(entry) for entry in entries)
+    shape = [entry for entry in entries if distance(entry) == nearest]
+    larger = [entry for entry in shape if entry["m"] >= m]
+    entry = min(larger, key=lambda e: e["m"]) if larger else max(shape, key=lambda e: e["m"])
+    return entry["config"]

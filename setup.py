@@ -9,6 +9,10 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(".", include=["lqedu*"]), *find_packages("kernels"), "lqedu._results"],
     package_dir={"lqedu_kernels": "kernels/lqedu_kernels", "lqedu._results": "book/results"},
-    package_data={"lqedu.viz": ["*.mjs", "*.css"], "lqedu._results": ["*.json"]},
+    package_data={
+        "lqedu.viz": ["*.mjs", "*.css"],
+        "lqedu._results": ["*.json"],
+        "lqedu_kernels": ["configs/*.json", "bench/*.md"],
+    },
     include_package_data=False,
 )

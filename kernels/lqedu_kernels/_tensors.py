@@ -74,6 +74,8 @@ def check_tensor(
     if tensor.device != device:
         raise ValueError(f"{argument}{meaning} is on {tensor.device}, the first argument on {device}: move one of them")
     if not tensor.is_contiguous():
-        raise ValueError(f"{argument}{meaning} is not contiguous, strides {tensor.stride()}: pass {argument}.contiguous()")
+        raise ValueError(
+            f"{argument}{meaning} is not contiguous, strides {tensor.stride()}: pass {argument}.contiguous()"
+        )
     if tensor.numel() and tensor.data_ptr() % 16:
         raise ValueError(f"{argument}{meaning} does not start at a multiple of 16 bytes: pass {argument}.clone()")

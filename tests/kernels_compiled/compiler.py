@@ -82,7 +82,9 @@ def _report(ptx: str, capability: tuple[int, int]) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        done = subprocess.run([tool, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"], capture_output=True, text=True)
+        done = subprocess.run(
+            [tool, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"], capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -117,7 +119,9 @@ def compiling_for(capability: tuple[int, int]) -> Iterator[list[Compiled]]:
     def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool = False, **kwargs: object) -> object:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         ptx = kernel.asm["ptx"]
-        found.append(Compiled(self.fn.__name__, ptx, kernel.asm["cubin"], kernel.metadata.shared, _report(ptx, capability)))
+        found.append(
+            Compiled(self.fn.__name__, ptx, kernel.asm["cubin"], kernel.metadata.shared, _report(ptx, capability))
+        )
         return kernel
 
     JITFunction.run = compile_only
@@ -128,4 +132,3 @@ def compiling_for(capability: tuple[int, int]) -> Iterator[list[Compiled]]:
     finally:
         JITFunction.run = run
         _tensors.assumed = None
-

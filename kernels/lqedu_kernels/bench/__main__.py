@@ -1,0 +1,78 @@
+"""``python -m lqedu_kernels.bench --op all --out results.json``: every kernel beside its peers, on this GPU.
+
+Each row is one kernel at one size: raw samples in seconds of CUDA-graph replays over copies of the weights that exceed the
+L2 cache. The ceilings (copy and matrix products) and every baseline are measured in the same process.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from lqedu_kernels.bench import families
+from lqedu_kernels.bench.cases import OURS, Case
+from lqedu_kernels.bench.ceilings import ceilings
+from lqedu_kernels.bench.record import write
+from lqedu_kernels.bench.timing import ROTATION_BYTES, time_calls
+
+
+def main(
+    op: Annotated[
+        str, typer.Option(help=f"One of {', '.join(families.FAMILIES)}, a variant such as w4a8/channel, or all.")
+    ] = "all",
+    out: Annotated[Path, typer.Option(help="The result file, JSON.")] = Path("results.json"),
+    replays: Annotated[int, typer.Option(min=3, help="Samples of each kernel and size.")] = 20,
+) -> None:
+    """Time the kernels on this machine's GPU and write a result file."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter(
+            "there is no CUDA GPU here; the kernels run on the CPU only in Triton's interpreter, which has no speed"
+        )
+    if op != "all" and op.split("/")[0] not in families.FAMILIES:
+        raise typer.BadParameter(
+            f"no operation {op!r}; there are: {', '.join(families.FAMILIES)}, and all", param_hint="--op"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows: list[dict[str, object]] = ceilings(device)
+    for row in rows:
+        print(f"{row['kernel']:28} {row['rate'] / 1e12:9.1f} T{row['rate_unit']}", file=sys.stderr)
+    for name, family in families.FAMILIES.items():
+        if op == "all" or op.split("/")[0] == name:
+            for case in family(device, op if "/" in op else None):
+                rows += _measure(case, replays)
+    configuration = {"op": op, "replays": replays, "rotation_bytes": ROTATION_BYTES, "device": "cuda"}
+    write(
+        out,
+        title="Times of the low-bit kernels, their peers and their ceilings",
+        configuration=configuration,
+        rows=rows,
+    )
+
+
+def _measure(case: Case, replays: int) -> list[dict[str, object]]:
+    rows, medians = [], {}
+    for name, calls in case.kernels.items():
+        for call in calls:
+            call()  # compiles, and brings every copy into being
+        torch.cuda.synchronize()
+        samples = time_calls(calls, replays=replays)
+        medians[name] = statistics.median(samples)
+        row = {"op": case.operation, "kernel": name, "sizes": dict(case.sizes), "samples": samples, "unit": "s"}
+        if name == OURS:
+            row |= {"bytes": case.nbytes, "operations": case.operations, "ceiling": case.ceiling}
+        rows.append(row)
+    ours = medians[OURS]
+    others = ", ".join(f"{name} {1e6 * t:.1f} ({t / ours:.2f}x)" for name, t in medians.items() if name != OURS)
+    sizes = " ".join(f"{key}={value}" for key, value in case.sizes.items())
+    print(
+        f"{case.operation:16} {sizes:28} {1e6 * ours:8.1f} us, {case.nbytes / ours / 1e12:.2f} TB/s; {others}",
+        file=sys.stderr,
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,56 @@
+"""Rows of recorded kernel times: ratios, the best peer, and the floor that bytes and operations set."""
+
+import pytest
+
+from lqedu.book import kernels
+from lqedu.errors import UsageError
+
+
+def _row(op: str, kernel: str, seconds: float, sizes: dict[str, int], **more: object) -> dict:
+    return {"op": op, "kernel": kernel, "sizes": sizes, "samples": [seconds], "unit": "s", "median": seconds} | more
+
+
+@pytest.fixture
+def result() -> dict:
+    small, large = {"m": 1, "n": 10, "k": 20}, {"m": 64, "n": 10, "k": 20}
+    rows = [
+        {"op": "ceiling", "kernel": "copy, read and write", "rate": 1e6},
+        {"op": "ceiling", "kernel": "torch.matmul FP16", "rate": 1e9},
+    ]
+    for sizes, ours, base, peer, work in ((small, 2e-4, 5e-4, 3e-4, 1e3), (large, 4e-4, 3e-4, 6e-4, 3e5)):
+        rows += [
+            _row("w4a16/group128", kernels.OURS, ours, sizes, bytes=100, operations=work, ceiling="torch.matmul FP16"),
+            _row("w4a16/group128", kernels.FP16, base, sizes),
+            _row("w4a16/group128", "tinygemm", peer, sizes),
+            _row("w4a16/group128", "slow", 1.0, sizes),
+        ]
+    rows.append(_row("quantize/int8", kernels.OURS, 1e-3, {"rows": 4}, bytes=500, operations=0, ceiling=None))
+    return {"name": "kernels_test", "values": rows}
+
+
+def test_ratio_peer_floor_and_share(result: dict) -> None:
+    small, large = kernels.kernel_rows(result, "w4a16/group128")
+    assert (small["m"], small["peer"], small["ratio"]) == (1, "tinygemm", pytest.approx(2.5))
+    assert small["peer_us"] == pytest.approx(300) and small["baseline_us"] == pytest.approx(500)
+    assert small["floor_us"] == pytest.approx(100) and small["share"] == pytest.approx(0.5)  # 100 bytes at 1 MB/s
+    assert large["floor_us"] == pytest.approx(300) and large["share"] == pytest.approx(0.75)  # 3e5 operations at 1e9
+    assert kernels.kernel_rows(result, "w4a16/group128", m=64) == [large]
+
+
+def test_without_a_baseline_or_a_ceiling(result: dict) -> None:
+    (row,) = kernels.kernel_rows(result, "quantize/int8")
+    assert row["ratio"] is row["peer"] is row["baseline_us"] is None
+    assert row["share"] == pytest.approx(0.5)
+
+
+def test_unknown_operations_and_sizes_are_refused(result: dict) -> None:
+    with pytest.raises(UsageError, match="no operation 'w4a4'; there are: quantize/int8, w4a16/group128"):
+        kernels.kernel_rows(result, "w4a4")
+    with pytest.raises(UsageError, match="no case of"):
+        kernels.kernel_rows(result, "w4a16/group128", n=11)
+
+
+def test_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert not kernels.has_kernels()
+    assert "lqedu[gpu]" in capsys.readouterr().out

@@ -139,17 +139,21 @@ STEPS = {
 }
 
 
+def tile(name: str, m: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, its block of K, and its warps: 64 columns for few rows, 128 for many."""
+    rows = min(128, max(16, triton.next_power_of_2(m)))
+    block = 32 if name == "naive" else GROUP  # naive keeps a word a code in shared memory: a longer block does not fit
+    return (rows, 64, block, 4) if rows < 128 else (rows, 128, block, 8)
+
+
 def step_matmul(name: str, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """One of the four: x float16 ``[M, K]``, the packed codes of its ``STEPS`` entry, scale and zero float16 ``[K / 128, N]``.
 
     Tiles of 64 outputs by 16 to 128 rows; M is free, N must be a multiple of 64 and K of 128.
     """
     (m, k), n = x.shape, packed.shape[0]
-    rows = min(128, max(16, triton.next_power_of_2(m)))
-    columns = 64 if rows < 128 else 128
+    rows, columns, block, warps = tile(name, m)
     y = torch.empty(m, n, dtype=torch.float16, device=x.device)
     grid = (triton.cdiv(m, rows), n // columns)
-    block = 32 if name == "naive" else GROUP  # whole words of shared memory a code: a longer block does not fit
-    warps = 4 if rows < 128 else 8
     STEPS[name][0][grid](x, packed, scale, zero, y, m, n, k, rows, columns, block, num_warps=warps, num_stages=3)
     return y

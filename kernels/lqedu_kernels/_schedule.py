@@ -64,7 +64,7 @@ def sum_of_programs(b_sum, p_partial, p_counter, tile, begin, steps_k, steps, pr
     COLUMNS: tl.constexpr = b_sum.shape[1]
     o_slot = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     slot = 2 * tl.program_id(0) + tl.where(begin == 0, 1, 0)
-    tl.store(p_partial + slot.to(tl.int64) * (ROWS * COLUMNS) + o_slot, b_sum)
+    tl.store(p_partial + slot * (ROWS * COLUMNS) + o_slot, b_sum)
     first = program_of(tile * steps_k, steps, programs)
     last = program_of((tile + 1) * steps_k - 1, steps, programs)
     tl.debug_barrier()  # all threads have written before the program says so
@@ -72,10 +72,10 @@ def sum_of_programs(b_sum, p_partial, p_counter, tile, begin, steps_k, steps, pr
     whole = arrived == last - first
     if whole:
         tl.store(p_counter + tile, 0)
-        begins = tl.where(first_step(first, steps, programs) == tile * steps_k, 1, 0)
-        b_sum = tl.load(p_partial + (2 * first + begins).to(tl.int64) * (ROWS * COLUMNS) + o_slot, cache_modifier=".cg")
-        for other in range(first + 1, last + 1):  # parts of these begin within the tile
-            b_sum += tl.load(p_partial + (2 * other).to(tl.int64) * (ROWS * COLUMNS) + o_slot, cache_modifier=".cg")
+        # The part of the first program begins the tile, those of the others do not.
+        b_sum = tl.load(p_partial + (2 * first + 1) * (ROWS * COLUMNS) + o_slot, cache_modifier=".cg")
+        for other in range(first + 1, last + 1):
+            b_sum += tl.load(p_partial + 2 * other * (ROWS * COLUMNS) + o_slot, cache_modifier=".cg")
     return b_sum, whole
 
 

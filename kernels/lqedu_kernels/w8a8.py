@@ -1,0 +1,301 @@
+"""W8A8: INT8 activations times INT8 weights, summed exactly in int32; chapters ``08-smoothquant`` and ``19-integer-gemm``.
+
+    y[m, n] = s_x[m] · s_w[n] · (Σ_k q_x[m, k] q_w[n, k]  −  z_x[m] Σ_k q_w[n, k])  +  b[n]
+
+Codes are signed bytes, one a number, with the sum's index k last in both operands (tensor cores want it so):
+
+    q_x [M, K]   k = 0 1 2 3 4 …      q_w [N, K]   k = 0 1 2 3 4 …        nothing is packed
+    token m      b b b b b …          output n     b b b b b …
+
+The bracket is an integer and exact: |q_x q_w| ≤ 2^14, and both sums stay below 2^31 for K < 2^16. It is rounded when it
+becomes a float32, by each product with a scale, by the addition of the bias, and once to the dtype of y. A zero point of
+the activations costs one multiplication an output, because the sums of the weight's rows are computed once
+(:func:`row_sums`). Weights with zero points are not served: nobody stores 8-bit weights so.
+
+Bytes: M·K + N·K + 2·M·N and the scales. Operations: 2·M·N·K. Two kernels: one shares the tiles of few tokens among all
+processors and loads by pointers, any K; one keeps the tensor cores of Hopper busy with loads through descriptors.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lqedu_kernels._numerics import to_dtype
+from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_programs
+from lqedu_kernels._tensors import Target, check_tensor, target_of
+from lqedu_kernels.tuning import configuration
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def w8a8_reference(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    *,
+    x_zero: Tensor | None = None,
+    w_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """The contract in plain torch, see :func:`w8a8_matmul`; float64 holds the integer sums exactly.
+
+    >>> x, w = torch.tensor([[100, -3]], dtype=torch.int8), torch.tensor([[2, 1], [-1, 7]], dtype=torch.int8)
+    >>> w8a8_reference(x, torch.tensor([[0.5]]), w, torch.tensor([[1.0], [0.25]]))
+    tensor([[ 98.5000, -15.1250]], dtype=torch.float16)
+    """
+    total = x_codes.double() @ w_codes.double().T
+    if x_zero is not None:
+        total = total - x_zero.double() * (row_sums(w_codes) if w_sum is None else w_sum)
+    y = total.float() * x_scale.float() * w_scale.float().view(1, -1)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def row_sums(w_codes: Tensor) -> Tensor:
+    """``Σ_k q_w[n, k]``, int32 ``[N]``: what a zero point of the activations is multiplied with."""
+    return w_codes.sum(1, dtype=torch.int32)
+
+
+def bytes_moved(m: int, n: int, k: int) -> int:
+    """Fewest bytes of a call: codes and float32 scales read once, 16-bit outputs written once."""
+    return m * k + n * k + 2 * m * n + 4 * (m + n)
+
+
+def operations(m: int, n: int, k: int) -> int:
+    """Multiplications and additions of a call."""
+    return 2 * m * n * k
+
+
+# --- launch configurations --------------------------------------------------------------------------------------------
+
+
+def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str]:
+    """Where nothing was measured: tiles as high as the tokens up to 128, steps of 128 codes, all processors busy.
+
+    Keys: ``kernel`` "stream" or "tiles"; block_m, block_n, block_k; warps, stages; ``programs`` (stream) share the tiles;
+    group_m rows of tiles are walked together.
+    """
+    if m >= 512 and target.capability >= (9, 0) and k % 16 == 0 and n % 8 == 0:
+        return dict(kernel="tiles", block_m=128, block_n=256, block_k=128, warps=8, stages=3, group_m=8)
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+    block_n = 64 if block_m < 64 else 128
+    tiles = -(-m // block_m) * -(-n // block_n)
+    wanted = 2 * target.processors
+    programs = tiles if tiles >= wanted else tiles * max(1, min(wanted // tiles, k // 512))
+    stages = 3 if target.capability == (8, 9) or block_m >= 64 else 4
+    warps = 8 if block_m == 128 else 4
+    return dict(kernel="stream", block_m=block_m, block_n=block_n, block_k=128, warps=warps, stages=stages, group_m=8, programs=programs)  # fmt: skip
+
+
+def search_space(m: int, n: int, k: int, target: Target) -> list[dict]:
+    """Configurations worth timing at a shape, the likely best first; see :func:`default_config` for the keys."""
+    space = [default_config(m, n, k, target)]
+
+    def stream(block_m: int, block_n: int, block_k: int, warps: int, stages: int, programs: int) -> None:
+        space.append(dict(kernel="stream", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages, group_m=8, programs=programs))  # fmt: skip
+
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+    if m <= 64:
+        for block_n, block_k, warps, stages in ((64, 256, 4, 4), (128, 256, 4, 3), (64, 128, 4, 6), (128, 128, 4, 5), (64, 512, 4, 3)):
+            tiles = -(-n // block_n)
+            for programs in sorted({tiles, *(target.processors * r for r in (1, 2, 3, 4))}):
+                if programs >= tiles or programs >= target.processors:
+                    stream(block_m, block_n, block_k, warps, stages, programs)
+    else:
+        for block_m, block_n, warps, stages in ((128, 128, 8, 4), (256, 128, 8, 3), (128, 128, 4, 3)):
+            tiles = -(-n // block_n) * -(-m // block_m)
+            for programs in sorted({tiles, target.processors, 2 * target.processors}):
+                stream(block_m, block_n, 128, warps, stages, programs)
+    if m > 64 and target.capability >= (9, 0):
+        for block_m, block_n, stages in ((128, 256, 3), (256, 128, 3), (128, 128, 4), (64, 256, 4)):
+            for group_m in (4, 8, 16) if m > 1024 else (8,):
+                space.append(dict(kernel="tiles", block_m=block_m, block_n=block_n, block_k=128, warps=8, stages=stages, group_m=group_m))  # fmt: skip
+    return space
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _finish(b_sum, o_m, o_n, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride, dtype: tl.constexpr):
+    """Integer sums of rows o_m and columns o_n (one of them [rows, 1], the other [1, columns]) to outputs."""
+    m_m, m_n = o_m < M, o_n < N
+    if p_x_zero is not None:
+        b_zero = tl.load(p_x_zero + o_m, mask=m_m, other=0).to(tl.int32)
+        b_sum -= b_zero * tl.load(p_w_sum + o_n, mask=m_n, other=0)
+    b_y = b_sum.to(tl.float32) * tl.load(p_x_scale + o_m * x_stride, mask=m_m, other=0.0)
+    b_y *= tl.load(p_w_scale + o_n * w_stride, mask=m_n, other=0.0).to(tl.float32)
+    if p_bias is not None:
+        b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
+    return to_dtype(b_y, dtype)
+
+
+@triton.jit
+def _stream_kernel(
+    p_x, p_w, p_y, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, p_partial, p_counter,
+    M, N, K, x_stride, w_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Weights are the first operand, so that outputs fill the 64 rows of a tensor core's product and tokens may be few."""
+    # 1. Place: this program's run of steps, over one tile or several.
+    tiles_m, tiles_n, steps_k = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    programs = tl.num_programs(0)
+    steps = tiles_m * tiles_n * steps_k
+    step = first_step(tl.program_id(0), steps, programs)
+    stop = first_step(tl.program_id(0) + 1, steps, programs)
+    while step < stop:
+        tile, begin = step // steps_k, step % steps_k
+        count = tl.minimum(steps_k - begin, stop - step)
+        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        o_k = tl.arange(0, BLOCK_K)
+        # Rows beyond the end read the last one; what they give is not stored.
+        p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
+        p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
+        b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+        for k in tl.range(begin * BLOCK_K, (begin + count) * BLOCK_K, BLOCK_K, num_stages=STAGES):
+            # 2. Load: codes beyond K are 0.
+            # [BLOCK_N, BLOCK_K]
+            b_w = tl.load(p_w_rows + k, mask=(o_k < K - k)[None, :], other=0, eviction_policy="evict_first")
+            # [BLOCK_K, BLOCK_M]
+            b_x = tl.load(p_x_rows + k, mask=(o_k < K - k)[:, None], other=0)
+            # 3. Multiply: int32, exact in any order.
+            b_sum = tl.dot(b_w, b_x, b_sum, out_dtype=tl.int32)
+        # 4. Share: a part of a tile is handed in, and the last program gets the sum of all.
+        whole = True
+        if count < steps_k:
+            b_sum, whole = sum_of_programs(b_sum, p_partial, p_counter, tile, begin, steps_k, steps, programs)
+        # 5. Scale and store.
+        if whole:
+            b_y = _finish(
+                b_sum, o_m[None, :], o_n[:, None], p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride,
+                p_y.dtype.element_ty,
+            )  # fmt: skip
+            m_y = (o_m < M)[None, :] & (o_n < N)[:, None]
+            tl.store(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], b_y, mask=m_y)
+        step += count
+
+
+@triton.jit
+def _tiles_kernel(
+    d_x, d_w, d_y, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, K, x_stride, w_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Each program walks over whole tiles; the loops are one, so that a tile's loads start while the last one is stored."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        # 1. Place.
+        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+        b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        for k in range(0, K, BLOCK_K):
+            # 2. Load: descriptors give 0 outside.
+            b_x = d_x.load([tile_m * BLOCK_M, k])  # [BLOCK_M, BLOCK_K]
+            b_w = d_w.load([tile_n * BLOCK_N, k])  # [BLOCK_N, BLOCK_K]
+            # 3. Multiply.
+            b_sum = tl.dot(b_x, b_w.T, b_sum, out_dtype=tl.int32)
+        # 4. Halve: two stores of half a tile need half the shared memory, which buys a stage of the loop.
+        b_halves = tl.permute(tl.reshape(b_sum, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        b_left, b_right = tl.split(b_halves)
+        # 5. Scale and store.
+        o_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+        o_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2))[None, :]
+        b_y = _finish(b_left, o_m, o_n, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride, d_y.dtype)
+        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N], b_y)
+        o_n += BLOCK_N // 2
+        b_y = _finish(b_right, o_m, o_n, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride, d_y.dtype)
+        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], b_y)
+
+
+# --- what is called ---------------------------------------------------------------------------------------------------
+
+
+def w8a8_matmul(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    *,
+    x_zero: Tensor | None = None,
+    w_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+    config: Mapping[str, int | str] | None = None,
+) -> Tensor:
+    """``y = s_x s_w (q_x q_w^T - z_x Σ q_w) + b``, the sums in exact int32.
+
+    Args:
+        x_codes: int8 ``[M, K]``, K below 65536.
+        x_scale: float32 ``[M, 1]`` (per token) or ``[1, 1]`` (per tensor).
+        w_codes: int8 ``[N, K]``.
+        w_scale: float16, bfloat16 or float32, ``[N, 1]`` (per channel) or ``[1, 1]`` (per tensor).
+        x_zero: zero points of the tokens, whole numbers from -128 to 127, int32 or float32 ``[M, 1]``.
+        w_sum: int32 ``[N]``, :func:`row_sums` of the weight; needed with ``x_zero``, computed once a weight.
+        bias: float16, bfloat16 or float32 ``[N]``.
+        dtype: of y, float16 or bfloat16.
+        config: a launch configuration, see :func:`default_config`; the measured one of this GPU if none is given.
+
+    Returns:
+        ``[M, N]`` in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, device or layout than this; see the message.
+    """
+    target = _check(x_codes, x_scale, w_codes, w_scale, x_zero, w_sum, bias, dtype)
+    (m, k), n = x_codes.shape, w_codes.shape[0]
+    y = torch.empty((m, n), dtype=dtype, device=x_codes.device)
+    if m == 0:
+        return y
+    c = config or configuration("w8a8", m, n, k, gpu=target.name) or default_config(m, n, k, target)
+    if c["kernel"] != "stream" and (k % 16 or n % 8):  # rows that no descriptor can walk over
+        c = {**default_config(1, n, k, target), "block_m": 64}
+    block_m, block_n, block_k = c["block_m"], c["block_n"], c["block_k"]
+    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+    scales = (x_scale, w_scale, x_zero, w_sum if x_zero is not None else None, bias)
+    sizes = (m, n, k, int(x_scale.numel() > 1), int(w_scale.numel() > 1))
+    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], num_warps=c["warps"])
+    if c["kernel"] == "stream":
+        programs = c["programs"] if tiles <= COUNTERS else tiles
+        programs = min(programs, tiles * triton.cdiv(k, block_k))
+        partial = torch.empty((2 * programs if programs != tiles else 0, block_n, block_m), dtype=torch.int32, device=y.device)
+        _stream_kernel[(programs,)](
+            x_codes, w_codes, y, *scales, partial, counters(y.device), *sizes, **blocks, STAGES=c["stages"]
+        )
+        return y
+    d_x = TensorDescriptor.from_tensor(x_codes, [block_m, block_k])
+    d_w = TensorDescriptor.from_tensor(w_codes, [block_n, block_k])
+    d_y = TensorDescriptor.from_tensor(y, [block_m, block_n // 2])
+    _tiles_kernel[(min(tiles, target.processors),)](d_x, d_w, d_y, *scales, *sizes, **blocks, num_stages=c["stages"])
+    return y
+
+
+def _check(x_codes, x_scale, w_codes, w_scale, x_zero, w_sum, bias, dtype) -> Target:
+    check_tensor("x_codes", x_codes, dtype=torch.int8, shape=(None, None), device=getattr(x_codes, "device", None))
+    target = target_of(x_codes, "x_codes")
+    (m, k), device = x_codes.shape, x_codes.device
+    check_tensor("w_codes", w_codes, dtype=torch.int8, shape=(None, k), device=device, what="[N, K], K as x_codes")
+    n = w_codes.shape[0]
+    if not 0 < k < 1 << 16 or n == 0:
+        raise ValueError(f"w_codes has shape {[n, k]}, but N must be at least 1 and K from 1 to 65535: int32 sums overflow beyond")
+    _check_scale("x_scale", x_scale, m, torch.float32, device, "one a token, or one")
+    _check_scale("w_scale", w_scale, n, _FLOATS, device, "one an output, or one")
+    if x_zero is not None:
+        check_tensor("x_zero", x_zero, dtype=(torch.int32, torch.float32), shape=(m, 1), device=device)
+        if w_sum is None:
+            raise ValueError("x_zero needs the sums of the weight's rows too: pass w_sum=row_sums(w_codes), computed once")
+        check_tensor("w_sum", w_sum, dtype=torch.int32, shape=(n,), device=device, what="row_sums(w_codes)")
+    if bias is not None:
+        check_tensor("bias", bias, dtype=_FLOATS, shape=(n,), device=device)
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
+    return target
+
+
+def _check_scale(argument: str, scale: Tensor, rows: int, dtype: object, device: torch.device, what: str) -> None:
+    single = isinstance(scale, Tensor) and scale.numel() == 1 and rows != 1
+    check_tensor(argument, scale, dtype=dtype, shape=(1, 1) if single else (rows, 1), device=device, what=what)

@@ -160,8 +160,7 @@ def _main() -> None:
     scale = torch.empty(k // steps.GROUP, n, dtype=torch.float16)
     rows = []
     for name, (_, pack) in steps.STEPS.items():
-        one = pack(torch.zeros(1, k, dtype=torch.uint8))
-        packed = torch.empty(n, one.shape[1], dtype=one.dtype)
+        packed = torch.empty(n * k // 2, dtype=torch.uint8).view(pack(torch.zeros(8, 128, dtype=torch.uint8)).dtype)
         for m in (16, 1024):
             with compiling_for((9, 0)) as found:
                 steps.step_matmul(name, torch.empty(m, k, dtype=torch.float16), packed, scale, scale)

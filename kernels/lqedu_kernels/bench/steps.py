@@ -21,10 +21,10 @@ GROUP = 128
 
 
 def pack_words(codes: Tensor) -> Tensor:
-    """uint8 ``[N, K]`` to int32 ``[N, K / 8]``: eight consecutive codes a word, the first in the lowest bits."""
+    """uint8 ``[N, K]`` to int32 ``[K / 8, N]``: eight consecutive codes a word, the first in the lowest bits."""
     places = torch.arange(8, device=codes.device) * 4
     words = (codes.to(torch.int64).unflatten(1, (-1, 8)) << places).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).T.contiguous()
 
 
 def pack_halves(codes: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def naive(p_x, p_w, p_s, p_z, p_y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, 
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
         b_x = tl.load(p_x + o_m[:, None] * K + o_k[None, :], mask=o_m[:, None] < M, other=0.0)  # [BM, BK]
-        b_q = tl.load(p_w + o_n[None, :] * (K // 8) + o_k[:, None] // 8)  # [BK, BN]: each word is loaded 8 times
+        b_q = tl.load(p_w + o_k[:, None] // 8 * N + o_n[None, :])  # [BK, BN]: each word is loaded 8 times
         b_q = (b_q >> (o_k[:, None] % 8 * 4)) & 0xF
         b_s = tl.load(p_s + o_k[:, None] // 128 * N + o_n[None, :])
         b_z = tl.load(p_z + o_k[:, None] // 128 * N + o_n[None, :])
@@ -151,7 +151,7 @@ def step_matmul(name: str, x: Tensor, packed: Tensor, scale: Tensor, zero: Tenso
 
     Tiles of 64 outputs by 16 to 128 rows; M is free, N must be a multiple of 64 and K of 128.
     """
-    (m, k), n = x.shape, packed.shape[0]
+    (m, k), n = x.shape, scale.shape[1]
     rows, columns, block, warps = tile(name, m)
     y = torch.empty(m, n, dtype=torch.float16, device=x.device)
     grid = (triton.cdiv(m, rows), n // columns)

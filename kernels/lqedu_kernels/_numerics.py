@@ -38,20 +38,26 @@ def to_dtype(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def float8_e4m3_bits(x):
+    """float32 within ±448 to the code of E4M3 (uint8), nearest, ties to even: integer arithmetic, on any GPU."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20  # 3 bits of mantissa are left
+    normal = normal - ((127 - 7) << 3)
+    # Below 2^-6 the step is 2^-9: adding 2^14 leaves exactly that step in a float32.
+    shifted = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True)
+    subnormal = shifted - 0x46800000
+    code = tl.where(magnitude < (121 << 23), subnormal, normal)
+    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+    return (code | sign).to(tl.uint8)
+
+
+@triton.jit
 def to_float8_e4m3(x):
     """float32 within ±448 to E4M3, nearest, ties to even (saturate before the call)."""
     if INTERPRET:
-        bits = x.to(tl.uint32, bitcast=True)
-        sign = (bits >> 24) & 0x80
-        magnitude = bits & 0x7FFFFFFF
-        normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20  # 3 bits of mantissa are left
-        normal = normal - ((127 - 7) << 3)
-        # Below 2^-6 the step is 2^-9: adding 2^14 leaves exactly that step in a float32.
-        shifted = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True)
-        subnormal = shifted - 0x46800000
-        code = tl.where(magnitude < (121 << 23), subnormal, normal)
-        code = tl.where(magnitude > 0x7F800000, 0x7F, code)
-        return (code | sign).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return float8_e4m3_bits(x).to(tl.float8e4nv, bitcast=True)
     return x.to(tl.float8e4nv)
 
 

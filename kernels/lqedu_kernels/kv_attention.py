@@ -1,0 +1,395 @@
+"""Attention of a few new tokens over a cache of quantized keys and values (decode), split over the cache.
+
+With keys ``s (c - z)`` and values ``s' (c' - z')`` of token t, scores S and weights P of a query q are
+
+    S_t = s_t (q . c_t - z_t sum(q)) / sqrt(D)      P = softmax(S)      y = sum_t P_t s'_t c'_t - sum_t P_t s'_t z'_t
+
+so that scale and zero point cost a few operations a token, and the tensor cores work on bare codes. Three things make that
+exact and cheap:
+
+- A code c in the lowest bits of a float16 whose other bits are 0 *is* c 2^-24, a subnormal number, exactly, and tensor cores
+  multiply subnormal numbers at full speed. One AND takes a pair of codes out of two words (:mod:`lqedu_kernels.kv_pages`
+  has the layout); 16 c 2^-24 for the odd fields, which saves their shift. E4M3 bits moved one place are the value 2^-8.
+- A value's scale joins the softmax as a bias: ``P_t s'_t = 2^(S_t + log2 s'_t)``, so the products with the codes are of
+  numbers up to 1, which float16 holds whatever the scales are; the denominator takes the bias back, token by token.
+- Queries that share a head are columns of the second operand (8 of them, not 16 rows), codes are the first, which the
+  tensor cores read from registers.
+
+Each program handles one head of one sequence, ``pages_per_split`` pages of it, and the result of a program is a triple
+(m, l, o) of a running maximum, denominator and output; a second kernel adds the triples of all splits in a fixed order,
+so the result does not change from run to run, nor with the rest of the batch.
+
+Exact: codes, scales, zero points, queries. Rounded: weights to float16 before the product with the values (relative error
+2^-11), sums in float32, the output once. Bytes of a call: ``D b/8 + 4`` a token, head and tensor; operations 4 D a token and
+query head. At 4 bits a register of eight codes costs 5 instructions to unpack and 2 products.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lqedu_kernels._numerics import INTERPRET, to_dtype
+from lqedu_kernels._tensors import check_tensor, target_of
+from lqedu_kernels.kv_pages import BITS, PAGE, Pages, check_pages, check_table, page_values
+from lqedu_kernels.tuning import configuration
+
+
+def kv_attention_reference(
+    query: Tensor, keys: Pages, values: Pages, table: Tensor, lengths: Tensor, *, scaling: float | None = None
+) -> Tensor:
+    """:func:`kv_attention` in plain torch, sequence by sequence, in float32 (float64 for a float64 query)."""
+    _, heads, new, size = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    group, y = heads // keys.codes.shape[1], torch.zeros_like(query)
+    for i, length in enumerate(lengths.tolist()):
+        pages = table[i, : -(-length // PAGE)].long()
+        k, v = (
+            page_values(Pages(p.kind, p.codes[pages], p.numbers[pages]), role)  # [pages, kv_heads, 64, D]
+            .to(dtype).transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, 0)  # [heads, length, D]
+            for p, role in ((keys, "key"), (values, "value"))
+        )  # fmt: skip
+        scores = query[i].to(dtype) @ k.mT * (size**-0.5 if scaling is None else scaling)
+        seen = (
+            torch.arange(length, device=query.device)
+            <= torch.arange(length - new, length, device=query.device)[:, None]
+        )
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)  # a query that may read nothing gets 0
+        y[i] = (p @ v).to(query.dtype)
+    return y
+
+
+def bytes_moved(tokens: int, kv_heads: int, head_dim: int, key: str, value: str, *, queries: int = 0) -> int:
+    """Fewest bytes of a call: ``tokens`` of all sequences with their numbers once, 2 bytes for each feature of q and y.
+
+    >>> bytes_moved(1, 8, 128, "kv4", "kv4"), 2 * 2 * 8 * 128      # of a token, beside FP16
+    (1088, 4096)
+    """
+    return tokens * kv_heads * (head_dim * (BITS[key] + BITS[value]) // 8 + 8) + 4 * queries * head_dim
+
+
+def operations(tokens: int, heads: int, head_dim: int) -> int:
+    """Multiplications and additions of the two products, of one new token a sequence."""
+    return 4 * tokens * heads * head_dim
+
+
+def default_config(programs: int, pages: int, *, processors: int, rows: int = 8) -> dict[str, int]:
+    """Pages of a split, such that about ten programs run on each processor at once, or as many as there are pages."""
+    splits = max(1, 10 * processors // programs)
+    return {"pages_per_split": max(1, -(-pages // splits)), "num_warps": 1, "num_stages": 5}
+
+
+def search_space(programs: int, pages: int, *, processors: int = 132) -> list[dict[str, int]]:
+    """Configurations worth timing, best guess first."""
+    guess = default_config(programs, pages, processors=processors)
+    sizes = dict.fromkeys([guess["pages_per_split"], *(2**i for i in range(8) if 2**i < 2 * pages)])
+    return [{"pages_per_split": s, "num_warps": w, "num_stages": n} for s in sizes for w, n in ((1, 5), (1, 6), (2, 5))]
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _exp2(x):
+    if INTERPRET:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _log2(x):
+    if INTERPRET:
+        return tl.where(x > 0.0, tl.log2(tl.maximum(x, 1e-30)), float("-inf"))
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _fields(words, KIND: tl.constexpr):
+    """The fields of 16-bit words, lowest first, as float16: 2^-24 times a code (odd fields of kv4: 2^-20), or E4M3 / 2^8."""
+    if INTERPRET:
+        w = words.to(tl.int32) & 0xFFFF
+        if KIND == "kv4":
+            fields = (_half(w & 0x0F), _half(w & 0xF0), _half((w >> 8) & 0x0F), _half((w >> 8) & 0xF0))
+        elif KIND == "kv8":
+            fields = (_half(w & 0xFF), _half(w >> 8))
+        else:
+            fields = (_half(((w << 8) & 0x8000) | ((w << 7) & 0x3F80)), _half((w & 0x8000) | ((w >> 1) & 0x3F80)))
+    elif KIND == "kv4":
+        fields = tl.inline_asm_elementwise(
+            """{ .reg .b32 h;
+            and.b32 $0, $4, 0x000f000f;
+            and.b32 $1, $4, 0x00f000f0;
+            shr.u32 h, $4, 8;
+            and.b32 $2, h, 0x000f000f;
+            and.b32 $3, h, 0x00f000f0; }""",
+            "=r,=r,=r,=r,r", [words], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif KIND == "kv8":
+        fields = tl.inline_asm_elementwise(
+            "and.b32 $0, $2, 0x00ff00ff; prmt.b32 $1, $2, 0, 0x4341;",
+            "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # the sign stays the top bit, exponent and mantissa move one place down
+        fields = tl.inline_asm_elementwise(
+            """{ .reg .b32 h, t;
+            shl.b32 h, $2, 8;
+            shr.u32 t, h, 1;
+            and.b32 t, t, 0x3f803f80;
+            lop3.b32 $0, h, 0x80008000, t, 0xea;
+            shr.u32 t, $2, 1;
+            and.b32 t, t, 0x3f803f80;
+            lop3.b32 $1, $2, 0x80008000, t, 0xea; }""",
+            "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return fields
+
+
+@triton.jit
+def _half(w):
+    return w.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _numbers(pair):
+    """Scale and zero point, float32, out of the 32-bit words that hold both."""
+    scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    zero = ((pair >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), zero.to(tl.float32)
+
+
+@triton.jit
+def _by_field(p, FIELDS: tl.constexpr, R: tl.constexpr):
+    """Weights of a page ``[64, R]`` by the field of a value's word that holds the token: FIELDS of ``[64/FIELDS, R]``."""
+    fields = p.reshape(2, 32, R).permute(1, 2, 0).split()
+    if FIELDS == 4:
+        p0, p1 = fields[0].reshape(2, 16, R).permute(1, 2, 0).split()
+        p2, p3 = fields[1].reshape(2, 16, R).permute(1, 2, 0).split()
+        fields = (p0, p1, p2, p3)
+    return fields
+
+
+@triton.jit
+def _split_kernel(
+    p_query, p_key_codes, p_key_numbers, p_value_codes, p_value_numbers, p_table, p_lengths, p_y, p_partial, p_state,
+    scaling, heads, table_width, pages_per_split,
+    ROWS: tl.constexpr, NEW: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One split of one head of one sequence, for R of the ROWS = group * NEW queries that share the head."""
+    FK: tl.constexpr = 4 if KEY == "kv4" else 2  # fields of a word
+    FV: tl.constexpr = 4 if VALUE == "kv4" else 2
+    W: tl.constexpr = D // FK  # words of a key
+    W2: tl.constexpr = 16 if D2 // FK < 16 else D2 // FK
+    J: tl.constexpr = 64 // FV  # words of a dimension of the values
+    LIFT_K: tl.constexpr = 16.0 if KEY == "kv4" else 1.0  # an odd field is this much too large
+    LIFT_V: tl.constexpr = 4.0 if VALUE == "kv4" else 0.0  # the same as a power of two
+    UNIT_K: tl.constexpr = 256.0 if KEY == "fp8" else 16777216.0  # what a field is multiplied by to be its code
+    UNIT_V: tl.constexpr = 256.0 if VALUE == "fp8" else 16777216.0
+    # 1. Place.
+    place = tl.program_id(0)  # sequence * heads + head
+    head = place % heads
+    sequence = place // heads
+    length = tl.load(p_lengths + sequence)
+    first = tl.program_id(1) * pages_per_split
+    last = tl.minimum(first + pages_per_split, tl.cdiv(length, 64))
+    if not WHOLE and first >= last:
+        return
+    o_r = tl.program_id(2) * R + tl.arange(0, R)
+    m_r = o_r < ROWS
+    # 2. Queries as columns, scaled by a power of two so that the largest lies in 2^8 .. 2^9 and float16 holds all exactly.
+    o_w = tl.arange(0, W2)
+    m_q = (o_w < W)[:, None] & m_r[None, :]
+    p_q = p_query + (place.to(tl.int64) * ROWS + o_r)[None, :] * D + o_w[:, None]
+    x0 = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32)  # [W, R]
+    x1 = tl.load(p_q + W, mask=m_q, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.abs(x0), tl.abs(x1))
+    total = tl.sum(x0 + x1, 0)
+    if FK == 4:
+        x2 = tl.load(p_q + 2 * W, mask=m_q, other=0.0).to(tl.float32)
+        x3 = tl.load(p_q + 3 * W, mask=m_q, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(x2), tl.abs(x3)))
+        total += tl.sum(x2 + x3, 0)
+    exponent = tl.max(tl.max(largest, 1), 0).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 20), 250)
+    up = ((262 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^(262 - 127 - exponent)
+    down = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
+    q = ((x0 * up).to(tl.float16), (x1 * (up / LIFT_K)).to(tl.float16))
+    if FK == 4:
+        q = (q[0], q[1], (x2 * up).to(tl.float16), (x3 * (up / LIFT_K)).to(tl.float16))
+    total = total * (up / UNIT_K)
+    scaling = scaling * 1.4426950408889634 * down * UNIT_K  # scores are exponents of 2 from here on
+    # 3. Pages: scores, running maximum m and denominator l, weights times codes, weights times zero points.
+    o_t = tl.arange(0, 64)
+    o_d = tl.arange(0, D2)
+    o_j = tl.arange(0, J)
+    odd = (o_t // J % 2).to(tl.float32) * LIFT_V
+    seen = length - NEW + o_r % NEW  # last token that a query reads
+    m = tl.full([R], float("-inf"), tl.float32)
+    l = tl.zeros([R], tl.float32)  # noqa: E741
+    offset = tl.zeros([R], tl.float32)
+    y = tl.zeros([D2, R], tl.float32)
+    for i in range(first, last):
+        page = tl.load(p_table + sequence * table_width + i).to(tl.int64) * heads + head
+        token = i * 64 + o_t
+        key_numbers = tl.load(p_key_numbers + page * 64 + o_t, mask=token < length, other=0)  # [64]
+        value_numbers = tl.load(p_value_numbers + page * 64 + o_t, mask=token < length, other=0)
+        key_words = tl.load(  # [64, W]
+            p_key_codes + page * (64 * W) + o_t[:, None] * W + o_w[None, :], mask=(o_w < W)[None, :], other=0
+        )
+        value_words = tl.load(  # [D, J]
+            p_value_codes + page * (D * J) + o_d[:, None] * J + o_j[None, :], mask=(o_d < D)[:, None], other=0
+        )
+        k = _fields(key_words, KEY)
+        s = tl.zeros([64, R], tl.float32)
+        for n in tl.static_range(FK):
+            s = tl.dot(k[n], q[n], s)
+        scale, zero = _numbers(key_numbers)
+        if KEY != "fp8":
+            s = s - zero[:, None] * total[None, :]
+        value_scale, value_zero = _numbers(value_numbers)
+        bias = _log2(value_scale) - odd  # -inf for tokens beyond the last
+        s = s * (scale * scaling)[:, None] + bias[:, None]
+        if NEW > 1:
+            s = tl.where(token[:, None] <= seen[None, :], s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 0))
+        safe = tl.where(top == float("-inf"), 0.0, top) if NEW > 1 else top
+        shrink = _exp2(m - safe)
+        p = _exp2(s - safe[None, :])  # weights times value scales, at most 1
+        l = l * shrink + tl.sum(p * _exp2(tl.minimum(-bias, 100.0))[:, None], 0)  # noqa: E741
+        if VALUE != "fp8":
+            offset = offset * shrink + tl.sum(p * (value_zero * _exp2(odd))[:, None], 0)
+        m = top
+        y = y * shrink[None, :]
+        weights = _by_field(p.to(tl.float16), FV, R)
+        v = _fields(value_words, VALUE)
+        for n in tl.static_range(FV):
+            y = tl.dot(v[n], weights[n], y)
+    # 4. Store the result, or this split's share of it.
+    y = y * UNIT_V - offset[None, :]
+    m_y = (o_d < D)[:, None] & m_r[None, :]
+    if WHOLE:
+        y = tl.where(l[None, :] == 0.0, 0.0, y / l[None, :])
+        p_out = p_y + (place.to(tl.int64) * ROWS + o_r)[None, :] * D + o_d[:, None]
+        tl.store(p_out, to_dtype(y, p_y.dtype.element_ty), mask=m_y)
+    else:
+        row = (place.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROWS + o_r
+        tl.store(p_partial + row[None, :] * D + o_d[:, None], y, mask=m_y)
+        tl.store(p_state + row * 2, m, mask=m_r)
+        tl.store(p_state + row * 2 + 1, l, mask=m_r)
+
+
+@triton.jit
+def _sum_kernel(
+    p_y, p_partial, p_state, p_lengths, heads, splits, pages_per_split,
+    ROWS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Add the shares of all splits of one query, SPLITS at a time, in order."""
+    place = tl.program_id(0) // ROWS
+    length = tl.load(p_lengths + place // heads)
+    used = tl.cdiv(tl.cdiv(length, 64), pages_per_split)
+    o_s = tl.arange(0, SPLITS)
+    o_d = tl.arange(0, D2)
+    m = float("-inf")
+    l = 0.0  # noqa: E741
+    y = tl.zeros([D2], tl.float32)
+    for first in range(0, used, SPLITS):
+        m_s = first + o_s < used
+        row = (place.to(tl.int64) * splits + first + o_s) * ROWS + tl.program_id(0) % ROWS  # [SPLITS]
+        m_split = tl.load(p_state + row * 2, mask=m_s, other=float("-inf"))
+        l_split = tl.load(p_state + row * 2 + 1, mask=m_s, other=0.0)
+        p = p_partial + row[:, None] * D + o_d[None, :]
+        share = tl.load(p, mask=m_s[:, None] & (o_d < D)[None, :], other=0.0)  # [SPLITS, D]
+        top = tl.maximum(m, tl.max(m_split, 0))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        shrink = tl.exp2(m - safe)
+        weight = tl.exp2(m_split - safe)
+        l = l * shrink + tl.sum(weight * l_split, 0)  # noqa: E741
+        y = y * shrink + tl.sum(weight[:, None] * share, 0)
+        m = top
+    y = tl.where(l == 0.0, 0.0, y / l)
+    tl.store(p_y + tl.program_id(0).to(tl.int64) * D + o_d, to_dtype(y, p_y.dtype.element_ty), mask=o_d < D)
+
+
+# --- wrapper ----------------------------------------------------------------------------------------------------------
+
+
+def kv_attention(
+    query: Tensor,
+    keys: Pages,
+    values: Pages,
+    table: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float | None = None,
+    longest: int | None = None,
+    config: Mapping[str, int] | None = None,
+) -> Tensor:
+    """Attention of the last tokens of each sequence over its quantized keys and values.
+
+    Args:
+        query: float16 or bfloat16 ``[batch, heads, new, D]``, behind RoPE (and the Hadamard transform, if keys had one);
+            heads is a multiple of the pages' heads. Query i of the ``new`` reads all tokens but the last new - 1 - i.
+        keys, values: pages of keys and of values, whose kinds may differ; scales above 0.
+        table: int32 ``[batch, pages]``, the pages of each sequence in order; entries beyond its last page are not read.
+        lengths: int32 ``[batch]``, tokens of each sequence with the new ones, at most 64 times the table's width. With 0
+            tokens the result is 0.
+        scaling: of the scores; ``None`` is ``D ** -0.5``.
+        longest: what no length exceeds, for a better split; ``None`` is what the table has room for.
+        config: pages_per_split, num_warps and num_stages; ``None`` takes the measured or default ones.
+
+    Returns:
+        ``[batch, heads, new, D]`` in the dtype of ``query``; the same bits at every call.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, by name.
+    """
+    floats = (torch.float16, torch.bfloat16)
+    check_tensor("query", query, dtype=floats, shape=(None, None, None, None), device=getattr(query, "device", None))
+    batch, heads, new, size = query.shape
+    kv_heads = keys.codes.shape[1] if isinstance(keys, Pages) and keys.codes.ndim == 4 else 0
+    check_pages("keys", keys, "key", kv_heads, size, query.device)
+    check_pages("values", values, "value", kv_heads, size, query.device)
+    check_table(table, lengths, batch, query.device)
+    if heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of keys")
+    if not 1 <= new <= 64:
+        raise ValueError(
+            f"query has {new} new tokens, but this kernel is for 1 to 64: pass a long prompt to flash attention"
+        )
+    target = target_of(query, "query")
+    y = torch.empty_like(query)
+    rows = heads // kv_heads * new
+    columns = 16 if rows > 8 and size <= 128 else 8  # more would not fit the registers of one warp
+    blocks = -(-rows // columns)
+    pages = max(1, min(table.shape[1], -(-longest // PAGE) if longest else table.shape[1]))
+    if config is None:
+        config = configuration(
+            f"kv_attention/{keys.kind}", batch * kv_heads * blocks, PAGE * pages, size, gpu=target.name
+        )
+    if config is None:
+        config = default_config(batch * kv_heads * blocks, pages, processors=target.processors)
+    per_split = config["pages_per_split"]
+    splits = -(-pages // per_split)
+    whole = splits == 1
+    partial = (
+        y if whole else torch.empty(batch * kv_heads, splits, rows, size, dtype=torch.float32, device=query.device)
+    )
+    state = y if whole else torch.empty(batch * kv_heads, splits, rows, 2, dtype=torch.float32, device=query.device)
+    if not query.numel():
+        return y
+    common = {"ROWS": rows, "D": size, "D2": triton.next_power_of_2(size)}
+    _split_kernel[(batch * kv_heads, splits, blocks)](
+        query, keys.codes, keys.numbers.view(torch.int32), values.codes, values.numbers.view(torch.int32), table, lengths,
+        y, partial, state, size**-0.5 if scaling is None else scaling, kv_heads, table.shape[1], per_split,
+        NEW=new, R=columns, KEY=keys.kind, VALUE=values.kind, WHOLE=whole,
+        num_warps=config["num_warps"], num_stages=config["num_stages"], **common,
+    )  # fmt: skip
+    if not whole:
+        _sum_kernel[(batch * kv_heads * rows,)](
+            y, partial, state, lengths, kv_heads, splits, per_split,
+            SPLITS=min(32, triton.next_power_of_2(splits)), num_warps=4, **common,
+        )  # fmt: skip
+    return y

@@ -21,6 +21,7 @@ class Case:
         nbytes: fewest bytes the operation moves.
         operations: multiplications and additions.
         ceiling: name of the measured product whose rate bounds the operations; ``None`` where only bytes count.
+        lookup: ``(m, n, k)`` under which the operation looks its launch configuration up.
         candidates: launch configurations worth timing.
         configured: our calls under a given configuration.
     """
@@ -31,6 +32,7 @@ class Case:
     nbytes: int
     operations: int
     ceiling: str | None
+    lookup: tuple[int, int, int] = (0, 0, 0)
     candidates: Sequence[Mapping[str, object]] = ()
     configured: Callable[[Mapping[str, object]], Sequence[Call]] | None = field(default=None, repr=False)
 

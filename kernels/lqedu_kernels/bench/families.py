@@ -63,17 +63,35 @@ def _tinygemm(make: "_Random", x: Tensor, n: int, k: int) -> Sequence[Call]:
 
 
 def _w4a8(device: torch.device, variant: str | None) -> Iterator[Case]:
-    groups = {"w4a8/channel": None, "w4a8/group128": 128, "w4a8/group64": 64, "w4a8/ratio128": 128}
+    groups = {"w4a8/channel": None, "w4a8/integer128": 128, "w4a8/integer64": 64, "w4a8/ratio128": 128}
     for operation, group in _wanted(groups, variant):
-        for n, k in _shapes(operation in ("w4a8/channel", "w4a8/group128")):
+        for n, k in _shapes(operation in ("w4a8/channel", "w4a8/integer128")):
             make = _Random(device, n + k)
-            weights, call, nbytes = _w4a8_weight(operation, group, make, n, k)
+            weights = _w4a8_weight(operation, group, make, n, k)
             dense = _copies(make.normal(n, k).half())
+
+            def call(x: Operands, w: Operands, config: object = None, group: int | None = group) -> object:
+                groups = w[2] if len(w) > 2 else None
+                return w4a8.w4a8_matmul(x[0], x[1], w[0], w[1], groups=groups, group_size=group or 128, config=config)
+
             for m in ROWS:
-                x = (make.integers(-127, 128, m, k).to(torch.int8), make.uniform(m, 1, low=0.01, high=0.03))
+                x = (make.integers(-127, 128, m, k).to(torch.int8), make.uniform(m, low=0.01, high=0.03))
                 half = make.normal(m, k).half()
                 kernels = {FP16: [lambda w=w, half=half: half @ w[0].T for w in dense]}
-                yield _case(operation, m, n, k, x, weights, call, kernels, INT8_CEILING, nbytes(m), w4a8.search_space)
+                nbytes = w4a8.bytes_moved(m, n, k, group_size=group)
+                yield _case(operation, m, n, k, x, weights, call, kernels, INT8_CEILING, nbytes, w4a8.search_space)
+
+
+def _w4a8_weight(operation: str, group: int | None, make: "_Random", n: int, k: int) -> list[Operands]:
+    """Copies of codes, channel scales and, in groups, of their numbers."""
+    scale = make.uniform(n, low=1e-3, high=5e-3)
+    if group is None:
+        return _copies(w4a8.pack_w4a8(make.integers(-8, 8, n, k).to(torch.int8)), scale)
+    codes = w4a8.pack_w4a8(make.codes(n, k))
+    if operation.startswith("w4a8/ratio"):
+        return _copies(codes, scale, w4a8.pack_ratios(make.uniform(n, k // group, low=4.0, high=15.0).half()))
+    step, zero = make.integers(4, 16, n, k // group), make.integers(4, 12, n, k // group)
+    return _copies(codes, scale, w4a8.pack_groups(step.to(torch.uint8), step * zero))
 
 
 def _w8a8(device: torch.device, variant: str | None) -> Iterator[Case]:
@@ -184,13 +202,6 @@ FAMILIES: dict[str, Family] = {
 
 
 # --- what the products share ------------------------------------------------------------------------------------------
-
-
-def _w4a8_weight(
-    operation: str, group: int | None, make: "_Random", n: int, k: int
-) -> tuple[list[Operands], Callable[..., object], Callable[[int], int]]:
-    """Copies of a packed weight, the call on one of them, and the bytes of a call with m rows."""
-    raise NotImplementedError
 
 
 def _case(

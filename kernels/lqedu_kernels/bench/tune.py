@@ -50,10 +50,7 @@ def main(
                 f"{case.operation} {dict(case.sizes)}: {1e6 * times[best]:.1f} us, {len(times)} ran, {failed} did not: {dict(config)}",
                 file=sys.stderr,
             )
-            table |= {
-                name: sorted(entries, key=lambda e: [e[key] for key in ("n", "k", "m") if key in e])
-                for name, entries in found.items()
-            }
+            table |= {name: sorted(entries, key=lambda e: (e["n"], e["k"], e["m"])) for name, entries in found.items()}
             _write(out, table)
 
 

@@ -171,7 +171,7 @@ def _by_field(p, FIELDS: tl.constexpr, R: tl.constexpr):
     return fields
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "table_width", "pages_per_split"])  # one compilation for all of them
 def _split_kernel(
     p_query, p_key_codes, p_key_numbers, p_value_codes, p_value_numbers, p_table, p_lengths, p_y, p_partial, p_state,
     scaling, heads, table_width, pages_per_split,
@@ -281,7 +281,7 @@ def _split_kernel(
         tl.store(p_state + row * 2 + 1, l, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "splits", "pages_per_split"])
 def _sum_kernel(
     p_y, p_partial, p_state, p_lengths, heads, splits, pages_per_split,
     ROWS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr,

@@ -235,7 +235,7 @@ def _pair(s, z):
     return (low | (high << 16)).to(tl.int32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "new", "table_width"])
 def _append_kernel(
     p_key, p_value, p_key_codes, p_key_numbers, p_value_codes, p_value_numbers, p_table, p_lengths,
     p_key_scale, p_value_scale, clip_ratio, heads, new, table_width,

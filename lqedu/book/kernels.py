@@ -1,13 +1,22 @@
 """The recorded times of the kernels, as rows a chapter can show: beside FP16, beside their peers, under their ceiling.
 
-Reads what ``python -m lqedu_kernels.bench`` wrote (``book/results/kernels_*.json``); needs neither torch nor Triton.
+Reads what ``python -m lqedu_kernels.bench`` wrote (``book/results/kernels_*.json``). Only :func:`kernel_error` needs torch
+and Triton.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lqedu.book.display import Table, table
 from lqedu.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lqedu.formats.activation import ActivationGrid
+    from lqedu.formats.fp8 import Float8ActivationGrid
+    from lqedu.formats.stored import StoredWeight
 
 OURS = "lqedu_kernels"  #: the name of this project's kernel in the column "kernel"
 FP16 = "torch.matmul FP16"  #: the baseline of every ratio of a matrix product
@@ -95,3 +104,50 @@ def kernel_rows(
             }
         )
     return rows
+
+
+def kernel_table(rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
+    """The rows of :func:`kernel_rows` as a page shows them: sizes that differ, time, baseline, ratio, share of the floor."""
+    sizes = [key for key in rows[0] if key not in _MEASURED]
+    changing = [key for key in sizes if len({row[key] for row in rows}) > 1] or sizes[:1]
+    columns = {key: _NAMES.get(key, key) for key in changing} | {"us": "kernel, µs"}
+    if rows[0]["baseline_us"] is not None:
+        columns |= {"baseline_us": "baseline, µs", "ratio": "times faster"}
+    columns["share"] = "of the floor"
+    formats = {"us": ".1f", "share": ".0%"}
+    formats |= {"baseline_us": ".1f", "ratio": ".2f"} if "ratio" in columns else {}
+    return table(rows, columns=columns, formats=formats, caption=caption)
+
+
+_MEASURED = ("us", "baseline_us", "ratio", "peer", "peer_us", "floor_us", "share")
+_NAMES = {"m": "rows", "n": "outputs", "k": "features", "batch": "sequences", "context": "tokens each"}
+
+
+def kernel_error(
+    weight: "StoredWeight",
+    grid: "ActivationGrid | Float8ActivationGrid | None" = None,
+    *,
+    generator: "torch.Generator",
+    tokens: int = 5,
+) -> float | None:
+    """Relative error of a stored weight's product through its kernel, against float64; ``None`` without Triton.
+
+    The inputs are normal, in float16, on ``grid`` where the kernel multiplies codes. On a GPU this runs the kernel,
+    elsewhere the reference that defines it; either way the weight passes through the kernel's own layout.
+    """
+    if not has_kernels():
+        return None
+    import torch
+
+    from lqedu.formats.qtensor import QTensor
+    from lqedu.runtime.backend import kernel_linear, kernel_weight
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(tokens, weight.codes.shape[1], generator=generator).half()
+    integer = {"integer_inputs": True} if grid is not None and isinstance(weight, QTensor) else {}
+    y = kernel_linear(x.to(device), kernel_weight(weight, **integer).to(device), grid).cpu().double()
+    if grid is not None:
+        scale, zero = grid.fit(x)
+        x = grid.decode(grid.encode(x, scale, zero), scale, zero, torch.float64)
+    want = x.double() @ weight.dequantize(torch.float64).T
+    return float((y - want).norm() / want.norm())

@@ -4,6 +4,10 @@ import pytest
 
 from lqedu.book import kernels
 from lqedu.errors import UsageError
+from lqedu.formats import IntGrid
+from lqedu.formats.activation import ActivationGrid
+from lqedu.rounding import nearest
+from tests import problems
 
 
 def _row(op: str, kernel: str, seconds: float, sizes: dict[str, int], **more: object) -> dict:
@@ -50,7 +54,24 @@ def test_unknown_operations_and_sizes_are_refused(result: dict) -> None:
         kernels.kernel_rows(result, "w4a16/group128", n=11)
 
 
+def test_the_table_shows_sizes_that_differ(result: dict) -> None:
+    shown = str(kernels.kernel_table(kernels.kernel_rows(result, "w4a16/group128"), "W4A16"))
+    assert "rows" in shown and "outputs" not in shown and "times faster" in shown and "75%" in shown
+    alone = str(kernels.kernel_table(kernels.kernel_rows(result, "quantize/int8"), "alone"))
+    assert "times faster" not in alone
+
+
+def test_the_error_of_a_kernel_is_one_rounding() -> None:
+    pytest.importorskip("triton")
+    weight = problems.weight(40, 128, seed=0)
+    q, _ = nearest(weight, IntGrid(4, granularity="group", group_size=64))
+    assert 0 < kernels.kernel_error(q, generator=problems.seeded(1)) < 2**-10
+    w8, _ = nearest(weight, IntGrid(8, symmetric=True))
+    assert 0 < kernels.kernel_error(w8, ActivationGrid(8), generator=problems.seeded(1)) < 2**-10
+
+
 def test_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert not kernels.has_kernels()
     assert "lqedu[gpu]" in capsys.readouterr().out
+    assert kernels.kernel_error(None, generator=None) is None  # nothing else is asked for

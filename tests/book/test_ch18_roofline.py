@@ -1,5 +1,7 @@
 """The checkers of chapter 18-roofline pass the right answers and tell the usual wrong ones apart."""
 
+import itertools
+
 import torch
 
 from tests.book.answers import right_and_wrong
@@ -18,7 +20,7 @@ def _program(s, blocks, programs):
 
 def _runs(blocks, programs, *, rest=True):
     starts = [p * (blocks // programs) + min(p, blocks % programs) * rest for p in range(programs + 1)]
-    return list(zip(starts, starts[1:], strict=False))
+    return list(itertools.pairwise(starts))
 
 
 RIGHT = {

@@ -47,8 +47,8 @@ class Module:
 
 
 def read_module(name: str) -> Module | None:
-    """Parse ``lqedu.x.y``; ``None`` if there is no such module in the repository."""
-    base = ROOT.joinpath(*name.split("."))
+    """Parse ``lqedu.x.y`` or ``lqedu_kernels.x``; ``None`` if there is no such module in the repository."""
+    base = (ROOT / "kernels" if name.startswith("lqedu_kernels") else ROOT).joinpath(*name.split("."))
     for path in (base / "__init__.py", base.with_suffix(".py")):
         if path.is_file():
             text = path.read_text(encoding="utf-8")

@@ -79,10 +79,37 @@ def sum_of_programs(b_sum, p_partial, p_counter, tile, begin, steps_k, steps, pr
     return b_sum, whole
 
 
+@triton.jit
+def sum_of_parts(b_sum, p_partial, p_counter, tile, part, PARTS: tl.constexpr):
+    """As :func:`sum_of_programs` where each tile has PARTS programs of its own (split-K), one a part, in this order.
+
+    Args:
+        b_sum: the sum of one part, ``[ROWS, COLUMNS]``.
+        p_partial: PARTS slots of ROWS * COLUMNS numbers for each tile.
+        p_counter: one a tile, 0 between launches.
+        tile, part: which this is.
+    """
+    ROWS: tl.constexpr = b_sum.shape[0]
+    COLUMNS: tl.constexpr = b_sum.shape[1]
+    p_slot = p_partial + tile * (PARTS * ROWS * COLUMNS)
+    p_slot += tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(p_slot + part * (ROWS * COLUMNS), b_sum)
+    tl.debug_barrier()  # all threads have written before the program says so
+    whole = tl.atomic_add(p_counter + tile, 1, sem="acq_rel", scope="gpu") == PARTS - 1
+    if whole:
+        tl.store(p_counter + tile, 0)
+        b_sum = tl.load(p_slot, cache_modifier=".cg")
+        for other in tl.static_range(1, PARTS):
+            b_sum += tl.load(p_slot + other * (ROWS * COLUMNS), cache_modifier=".cg")
+    return b_sum, whole
+
+
 @functools.cache
 def _counter_pool(device: torch.device) -> tuple[torch.Tensor, dict[int, int]]:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first call of a kernel that shares tiles cannot be inside a CUDA graph: call it once before")
+        raise RuntimeError(
+            "the first call of a kernel that shares tiles cannot be inside a CUDA graph: call it once before"
+        )
     pool = torch.zeros(_STREAMS, COUNTERS, dtype=torch.int32, device=device)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

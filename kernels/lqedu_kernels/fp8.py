@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lqedu_kernels import w8a8
+from lqedu_kernels import _dense
 from lqedu_kernels._numerics import to_dtype
-from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_programs
+from lqedu_kernels._schedule import COUNTERS, counters, grouped_tile, sum_of_parts
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
@@ -83,16 +83,35 @@ def operations(m: int, n: int, k: int) -> int:
 
 
 def default_config(m: int, n: int, k: int, target: Target, *, blocks: bool = False) -> dict[str, int | str]:
-    """As :func:`lqedu_kernels.w8a8.default_config`; tiles of blocks have 128 outputs and steps of 128 codes at most."""
-    c = w8a8.default_config(m, n, k, target)
-    return {**c, "block_n": min(c["block_n"], BLOCK), "stages": 4 if c["kernel"] == "tiles" else c["stages"]} if blocks else c
+    """As for INT8; for blocks, tiles of one block of outputs and steps of one of inputs.
+
+    Two programs a processor, of four warps each: one adds up outside the tensor cores while the other multiplies inside.
+    """
+    c = _dense.default_config(m, n, k, target)
+    if not blocks:
+        return c
+    if c["kernel"] == "tiles":
+        return _dense.tiles_config(64, BLOCK, BLOCK, 4, 4, per_processor=2, flatten=False)
+    return {**c, "block_k": BLOCK, "stages": 2 * c["stages"], "block_m": min(c["block_m"], 32)}
 
 
-def search_space(m: int, n: int, k: int, target: Target, *, blocks: bool = False) -> list[dict]:
+def search_space(m: int, n: int, k: int, target: Target, *, blocks: bool = False) -> list[dict[str, int | str]]:
     """Configurations worth timing at a shape, the likely best first."""
-    space = w8a8.search_space(m, n, k, target)
-    if blocks:
-        space = [c for c in space if c["block_k"] == BLOCK and c["block_n"] <= BLOCK]
+    if not blocks:
+        return _dense.search_space(m, n, k, target)
+    space = [default_config(m, n, k, target, blocks=True)]
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
+    for block_n, warps, stages in ((64, 4, 8), (64, 4, 10), (128, 4, 5), (128, 4, 6), (32, 4, 8)) if m <= 64 else ():
+        most = _dense.splits_for(m, n, k, block_m, block_n, target)
+        for splits in sorted({1, most}):
+            space.append(_dense.split_config(block_m, block_n, BLOCK, warps, stages, splits))
+    if m > 16 and _dense.has_descriptors(n, k, target):
+        shapes = ((64, 128, 4, 6, 1), (64, 128, 4, 4, 2), (64, 128, 4, 3, 2), (64, 64, 4, 8, 1), (64, 64, 4, 6, 2), (128, 128, 8, 4, 1))
+        for block_m, block_n, warps, stages, programs in shapes:
+            for flatten in (False, True):
+                space.append(
+                    _dense.tiles_config(block_m, block_n, BLOCK, warps, stages, per_processor=programs, flatten=flatten)
+                )
     return space
 
 
@@ -112,70 +131,64 @@ def _finish(b_sum, o_m, o_n, p_x_scale, p_w_scale, p_bias, M, N, x_stride, w_str
     return to_dtype(b_sum, dtype)
 
 
-@triton.jit
-def _stream_kernel(
+@triton.jit(do_not_specialize=["M"])
+def _split_kernel(
     p_x, p_w, p_y, p_x_scale, p_w_scale, p_w_blocks, p_bias, p_partial, p_counter,
     M, N, K, x_stride, x_stride_k, w_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Weights are the first operand, so that outputs fill the 64 rows of a tensor core's product and tokens may be few."""
-    # 1. Place: this program's run of steps, over one tile or several.
-    tiles_m, tiles_n, steps_k = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
-    programs = tl.num_programs(0)
-    steps = tiles_m * tiles_n * steps_k
-    step = first_step(tl.program_id(0), steps, programs)
-    stop = first_step(tl.program_id(0) + 1, steps, programs)
-    while step < stop:
-        tile, begin = step // steps_k, step % steps_k
-        count = tl.minimum(steps_k - begin, stop - step)
-        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
-        o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        o_k = tl.arange(0, BLOCK_K)
-        # Rows beyond the end read the last one; what they give is not stored.
-        p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
-        p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
-        p_s = p_x_scale + tl.minimum(o_m, M - 1) * x_stride
-        b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for j in tl.range(begin, begin + count, num_stages=STAGES):
-            # 2. Load: codes beyond K are 0.
-            m_k = o_k < K - j * BLOCK_K
-            # [BLOCK_N, BLOCK_K]
-            b_w = tl.load(p_w_rows + j * BLOCK_K, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
-            # [BLOCK_K, BLOCK_M]
-            b_x = tl.load(p_x_rows + j * BLOCK_K, mask=m_k[:, None], other=0.0)
-            # 3. Multiply; of blocks, scale and add outside the tensor cores.
-            if BLOCKS:
-                b_s = tl.load(p_s + j * x_stride_k)  # [BLOCK_M]
-                if p_w_blocks is not None:
-                    b_s *= tl.load(p_w_blocks + (tile_n * BLOCK_N // 128) * steps_k + j)
-                b_sum += tl.dot(b_w, b_x) * b_s[None, :]
-            else:
-                b_sum = tl.dot(b_w, b_x, b_sum)
-        # 4. Share: a part of a tile is handed in, and the last program gets the sum of all.
-        whole = True
-        if count < steps_k:
-            b_sum, whole = sum_of_programs(b_sum, p_partial, p_counter, tile, begin, steps_k, steps, programs)
-        # 5. Scale and store.
-        if whole:
-            b_y = _finish(
-                b_sum, o_m[None, :], o_n[:, None], p_x_scale, p_w_scale, p_bias, M, N, x_stride, w_stride, BLOCKS,
-                p_y.dtype.element_ty,
-            )  # fmt: skip
-            m_y = (o_m < M)[None, :] & (o_n < N)[:, None]
-            tl.store(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], b_y, mask=m_y)
-        step += count
+    # 1. Place: a tile, and the steps of one part of K.
+    tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    tile_m, tile_n = grouped_tile(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    steps = tl.cdiv(K, BLOCK_K)
+    o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    # Rows beyond the end read the last one; what they give is not stored.
+    p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
+    p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
+    p_s = p_x_scale + tl.minimum(o_m, M - 1) * x_stride
+    b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(part * steps // SPLITS, (part + 1) * steps // SPLITS):
+        # 2. Load: codes beyond K are 0. Weights are read once, so they leave the cache first.
+        m_k = o_k < K - step * BLOCK_K
+        # [BLOCK_N, BLOCK_K]
+        b_w = tl.load(p_w_rows + step * BLOCK_K, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
+        # [BLOCK_K, BLOCK_M]
+        b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None], other=0.0)
+        # 3. Multiply; of blocks, scale and add outside the tensor cores.
+        if BLOCKS:
+            b_s = tl.load(p_s + step * x_stride_k)  # [BLOCK_M]
+            if p_w_blocks is not None:
+                b_s *= tl.load(p_w_blocks + (tile_n * BLOCK_N // 128) * steps + step)
+            b_sum += tl.dot(b_w, b_x) * b_s[None, :]
+        else:
+            b_sum = tl.dot(b_w, b_x, b_sum)
+    # 4. Share: parts are handed in, and the last program gets the sum.
+    whole = True
+    if SPLITS > 1:
+        b_sum, whole = sum_of_parts(b_sum, p_partial, p_counter, tile, part, SPLITS)
+    # 5. Scale and store.
+    if whole:
+        b_y = _finish(
+            b_sum, o_m[None, :], o_n[:, None], p_x_scale, p_w_scale, p_bias, M, N, x_stride, w_stride, BLOCKS,
+            p_y.dtype.element_ty,
+        )  # fmt: skip
+        m_y = (o_m < M)[None, :] & (o_n < N)[:, None]
+        tl.store(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], b_y, mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _tiles_kernel(
     d_x, d_w, d_y, p_x_scale, p_w_scale, p_w_blocks, p_bias, M, N, K, x_stride, x_stride_k, w_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks over whole tiles; the loops are one, so that a tile's loads start while the last one is stored."""
+    """Each program walks over whole tiles; FLATTEN makes the loops one: a tile's loads start while the last one is stored."""
     tiles_m, tiles_n, steps_k = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # 1. Place.
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -245,30 +258,33 @@ def fp8_matmul(
         return y
     by_block = _by_block(w_scale, n, k)
     blocks = by_block or x_scale.shape[1] > 1
-    operation = "fp8/block" if blocks else "fp8"
+    operation = "fp8/block" if blocks else "fp8/token" if x_scale.numel() + w_scale.numel() > 2 else "fp8/tensor"
     c = config or configuration(operation, m, n, k, gpu=target.name) or default_config(m, n, k, target, blocks=blocks)
-    if c["kernel"] != "stream" and (k % 16 or n % 8):  # rows that no descriptor can walk over
-        c = {**default_config(1, n, k, target, blocks=blocks), "block_m": 64}
+    if c["kernel"] == "tiles" and not _dense.has_descriptors(n, k, target):
+        c = default_config(m, n, k, target, blocks=blocks)
     block_m, block_n, block_k = c["block_m"], c["block_n"], c["block_k"]
     if blocks and (block_k != BLOCK or block_n > BLOCK):
-        raise ValueError(f"config has block_k {block_k} and block_n {block_n}, but blocks of 128 need 128 and at most 128")
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+        raise ValueError(f"config has block_k {block_k}, block_n {block_n}, but blocks of 128 need 128, and at most 128")
+    tiles = _dense.tiles_of(m, n, block_m, block_n)
     scales = (x_scale, None if by_block else w_scale, w_scale if by_block else None, bias)
     x_strides = (x_scale.shape[1] if x_scale.shape[0] > 1 else 0, int(x_scale.shape[1] > 1))
     sizes = (m, n, k, *x_strides, int(w_scale.numel() > 1))
-    options = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], BLOCKS=blocks, num_warps=c["warps"])
-    if c["kernel"] == "stream":
-        programs = c["programs"] if tiles <= COUNTERS else tiles
-        programs = min(programs, tiles * triton.cdiv(k, block_k))
-        partial = torch.empty((2 * programs if programs != tiles else 0, block_n, block_m), dtype=torch.float32, device=y.device)
-        _stream_kernel[(programs,)](
-            x_codes, w_codes, y, *scales, partial, counters(y.device), *sizes, **options, STAGES=c["stages"]
+    options = dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], BLOCKS=blocks, num_warps=c["warps"],
+        num_stages=c["stages"],
+    )  # fmt: skip
+    if c["kernel"] == "split":
+        splits = c["splits"] if tiles <= COUNTERS else 1
+        partial = torch.empty((tiles, splits, block_n, block_m) if splits > 1 else 0, dtype=torch.float32, device=y.device)
+        _split_kernel[(tiles * splits,)](
+            x_codes, w_codes, y, *scales, partial, counters(y.device), *sizes, **options, SPLITS=splits
         )
         return y
     d_x = TensorDescriptor.from_tensor(x_codes, [block_m, block_k])
     d_w = TensorDescriptor.from_tensor(w_codes, [block_n, block_k])
     d_y = TensorDescriptor.from_tensor(y, [block_m, block_n // 2])
-    _tiles_kernel[(min(tiles, target.processors),)](d_x, d_w, d_y, *scales, *sizes, **options, num_stages=c["stages"])
+    programs = min(tiles, target.processors * c["per_processor"])
+    _tiles_kernel[(programs,)](d_x, d_w, d_y, *scales, *sizes, **options, FLATTEN=c["flatten"])
     return y
 
 

@@ -12,8 +12,8 @@ becomes a float32, by each product with a scale, by the addition of the bias, an
 the activations costs one multiplication an output, because the sums of the weight's rows are computed once
 (:func:`row_sums`). Weights with zero points are not served: nobody stores 8-bit weights so.
 
-Bytes: M·K + N·K + 2·M·N and the scales. Operations: 2·M·N·K. Two kernels: one shares the tiles of few tokens among all
-processors and loads by pointers, any K; one keeps the tensor cores of Hopper busy with loads through descriptors.
+Bytes: M·K + N·K + 2·M·N and the scales. Operations: 2·M·N·K. Two kernels: one for few tokens, any size and any GPU, loads
+by pointers and can split K; one for many tokens keeps the tensor cores of Hopper busy with loads through descriptors.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lqedu_kernels._dense import default_config, has_descriptors, search_space, tiles_of
 from lqedu_kernels._numerics import to_dtype
-from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_programs
+from lqedu_kernels._schedule import COUNTERS, counters, grouped_tile, sum_of_parts
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
+
+__all__ = [
+    "bytes_moved", "default_config", "operations", "row_sums", "search_space", "w8a8_matmul", "w8a8_reference",
+]  # fmt: skip
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -71,53 +76,6 @@ def operations(m: int, n: int, k: int) -> int:
     return 2 * m * n * k
 
 
-# --- launch configurations --------------------------------------------------------------------------------------------
-
-
-def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str]:
-    """Where nothing was measured: tiles as high as the tokens up to 128, steps of 128 codes, all processors busy.
-
-    Keys: ``kernel`` "stream" or "tiles"; block_m, block_n, block_k; warps, stages; ``programs`` (stream) share the tiles;
-    group_m rows of tiles are walked together.
-    """
-    if m >= 512 and target.capability >= (9, 0) and k % 16 == 0 and n % 8 == 0:
-        return dict(kernel="tiles", block_m=128, block_n=256, block_k=128, warps=8, stages=3, group_m=8)
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    block_n = 64 if block_m < 64 else 128
-    tiles = -(-m // block_m) * -(-n // block_n)
-    wanted = 2 * target.processors
-    programs = tiles if tiles >= wanted else tiles * max(1, min(wanted // tiles, k // 512))
-    stages = 3 if target.capability == (8, 9) or block_m >= 64 else 4
-    warps = 8 if block_m == 128 else 4
-    return dict(kernel="stream", block_m=block_m, block_n=block_n, block_k=128, warps=warps, stages=stages, group_m=8, programs=programs)  # fmt: skip
-
-
-def search_space(m: int, n: int, k: int, target: Target) -> list[dict]:
-    """Configurations worth timing at a shape, the likely best first; see :func:`default_config` for the keys."""
-    space = [default_config(m, n, k, target)]
-
-    def stream(block_m: int, block_n: int, block_k: int, warps: int, stages: int, programs: int) -> None:
-        space.append(dict(kernel="stream", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages, group_m=8, programs=programs))  # fmt: skip
-
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    if m <= 64:
-        for block_n, block_k, warps, stages in ((64, 256, 4, 4), (128, 256, 4, 3), (64, 128, 4, 6), (128, 128, 4, 5), (64, 512, 4, 3)):
-            tiles = -(-n // block_n)
-            for programs in sorted({tiles, *(target.processors * r for r in (1, 2, 3, 4))}):
-                if programs >= tiles or programs >= target.processors:
-                    stream(block_m, block_n, block_k, warps, stages, programs)
-    else:
-        for block_m, block_n, warps, stages in ((128, 128, 8, 4), (256, 128, 8, 3), (128, 128, 4, 3)):
-            tiles = -(-n // block_n) * -(-m // block_m)
-            for programs in sorted({tiles, target.processors, 2 * target.processors}):
-                stream(block_m, block_n, 128, warps, stages, programs)
-    if m > 64 and target.capability >= (9, 0):
-        for block_m, block_n, stages in ((128, 256, 3), (256, 128, 3), (128, 128, 4), (64, 256, 4)):
-            for group_m in (4, 8, 16) if m > 1024 else (8,):
-                space.append(dict(kernel="tiles", block_m=block_m, block_n=block_n, block_k=128, warps=8, stages=stages, group_m=group_m))  # fmt: skip
-    return space
-
-
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -135,61 +93,55 @@ def _finish(b_sum, o_m, o_n, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M,
     return to_dtype(b_y, dtype)
 
 
-@triton.jit
-def _stream_kernel(
+@triton.jit(do_not_specialize=["M"])
+def _split_kernel(
     p_x, p_w, p_y, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, p_partial, p_counter,
     M, N, K, x_stride, w_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Weights are the first operand, so that outputs fill the 64 rows of a tensor core's product and tokens may be few."""
-    # 1. Place: this program's run of steps, over one tile or several.
-    tiles_m, tiles_n, steps_k = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
-    programs = tl.num_programs(0)
-    steps = tiles_m * tiles_n * steps_k
-    step = first_step(tl.program_id(0), steps, programs)
-    stop = first_step(tl.program_id(0) + 1, steps, programs)
-    while step < stop:
-        tile, begin = step // steps_k, step % steps_k
-        count = tl.minimum(steps_k - begin, stop - step)
-        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
-        o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        o_k = tl.arange(0, BLOCK_K)
-        # Rows beyond the end read the last one; what they give is not stored.
-        p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
-        p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
-        b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-        for k in tl.range(begin * BLOCK_K, (begin + count) * BLOCK_K, BLOCK_K, num_stages=STAGES):
-            # 2. Load: codes beyond K are 0.
-            # [BLOCK_N, BLOCK_K]
-            b_w = tl.load(p_w_rows + k, mask=(o_k < K - k)[None, :], other=0, eviction_policy="evict_first")
-            # [BLOCK_K, BLOCK_M]
-            b_x = tl.load(p_x_rows + k, mask=(o_k < K - k)[:, None], other=0)
-            # 3. Multiply: int32, exact in any order.
-            b_sum = tl.dot(b_w, b_x, b_sum, out_dtype=tl.int32)
-        # 4. Share: a part of a tile is handed in, and the last program gets the sum of all.
-        whole = True
-        if count < steps_k:
-            b_sum, whole = sum_of_programs(b_sum, p_partial, p_counter, tile, begin, steps_k, steps, programs)
-        # 5. Scale and store.
-        if whole:
-            b_y = _finish(
-                b_sum, o_m[None, :], o_n[:, None], p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride,
-                p_y.dtype.element_ty,
-            )  # fmt: skip
-            m_y = (o_m < M)[None, :] & (o_n < N)[:, None]
-            tl.store(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], b_y, mask=m_y)
-        step += count
+    # 1. Place: a tile, and the steps of one part of K.
+    tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    tile_m, tile_n = grouped_tile(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    steps = tl.cdiv(K, BLOCK_K)
+    o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    # Rows beyond the end read the last one; what they give is not stored.
+    p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
+    p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
+    b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for step in range(part * steps // SPLITS, (part + 1) * steps // SPLITS):
+        # 2. Load: codes beyond K are 0. Weights are read once, so they leave the cache first.
+        m_k = o_k < K - step * BLOCK_K
+        # [BLOCK_N, BLOCK_K]
+        b_w = tl.load(p_w_rows + step * BLOCK_K, mask=m_k[None, :], other=0, eviction_policy="evict_first")
+        # [BLOCK_K, BLOCK_M]
+        b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None], other=0)
+        # 3. Multiply: int32, exact in any order.
+        b_sum = tl.dot(b_w, b_x, b_sum, out_dtype=tl.int32)
+    # 4. Share: parts are handed in, and the last program gets the sum.
+    whole = True
+    if SPLITS > 1:
+        b_sum, whole = sum_of_parts(b_sum, p_partial, p_counter, tile, part, SPLITS)
+    # 5. Scale and store.
+    if whole:
+        b_y = _finish(
+            b_sum, o_m[None, :], o_n[:, None], p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride,
+            p_y.dtype.element_ty,
+        )  # fmt: skip
+        m_y = (o_m < M)[None, :] & (o_n < N)[:, None]
+        tl.store(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], b_y, mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _tiles_kernel(
     d_x, d_w, d_y, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, K, x_stride, w_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks over whole tiles; the loops are one, so that a tile's loads start while the last one is stored."""
+    """Each program walks over whole tiles; FLATTEN makes the loops one: a tile's loads start while the last one is stored."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # 1. Place.
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -252,25 +204,27 @@ def w8a8_matmul(
     if m == 0:
         return y
     c = config or configuration("w8a8", m, n, k, gpu=target.name) or default_config(m, n, k, target)
-    if c["kernel"] != "stream" and (k % 16 or n % 8):  # rows that no descriptor can walk over
-        c = {**default_config(1, n, k, target), "block_m": 64}
+    if c["kernel"] == "tiles" and not has_descriptors(n, k, target):
+        c = default_config(m, n, k, target)
     block_m, block_n, block_k = c["block_m"], c["block_n"], c["block_k"]
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+    tiles = tiles_of(m, n, block_m, block_n)
     scales = (x_scale, w_scale, x_zero, w_sum if x_zero is not None else None, bias)
     sizes = (m, n, k, int(x_scale.numel() > 1), int(w_scale.numel() > 1))
-    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], num_warps=c["warps"])
-    if c["kernel"] == "stream":
-        programs = c["programs"] if tiles <= COUNTERS else tiles
-        programs = min(programs, tiles * triton.cdiv(k, block_k))
-        partial = torch.empty((2 * programs if programs != tiles else 0, block_n, block_m), dtype=torch.int32, device=y.device)
-        _stream_kernel[(programs,)](
-            x_codes, w_codes, y, *scales, partial, counters(y.device), *sizes, **blocks, STAGES=c["stages"]
+    options = dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], num_warps=c["warps"], num_stages=c["stages"]
+    )  # fmt: skip
+    if c["kernel"] == "split":
+        splits = c["splits"] if tiles <= COUNTERS else 1
+        partial = torch.empty((tiles, splits, block_n, block_m) if splits > 1 else 0, dtype=torch.int32, device=y.device)
+        _split_kernel[(tiles * splits,)](
+            x_codes, w_codes, y, *scales, partial, counters(y.device), *sizes, **options, SPLITS=splits
         )
         return y
     d_x = TensorDescriptor.from_tensor(x_codes, [block_m, block_k])
     d_w = TensorDescriptor.from_tensor(w_codes, [block_n, block_k])
     d_y = TensorDescriptor.from_tensor(y, [block_m, block_n // 2])
-    _tiles_kernel[(min(tiles, target.processors),)](d_x, d_w, d_y, *scales, *sizes, **blocks, num_stages=c["stages"])
+    programs = min(tiles, target.processors * c["per_processor"])
+    _tiles_kernel[(programs,)](d_x, d_w, d_y, *scales, *sizes, **options, FLATTEN=c["flatten"])
     return y
 
 

@@ -1,0 +1,89 @@
+"""Launch configurations of products of two 8-bit matrices, shared by :mod:`lqedu_kernels.w8a8` and :mod:`lqedu_kernels.fp8`.
+
+Pure functions of the shape and the GPU. The rules come from measurements on an H100 (``bench/notes/w8a8.md``).
+"""
+
+from lqedu_kernels._tensors import Target
+
+
+def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str]:
+    """What runs where nothing was measured; a pure function of the shape and the GPU.
+
+    Few tokens: as many tiles of 64 outputs as there are, and K in parts only where tiles would leave most processors idle
+    (adding parts up costs 2 µs and more). Many tokens, on Hopper: the tile whose tiles fill whole rounds best, at the rate
+    measured for such tiles.
+
+    Keys: ``kernel`` "split" or "tiles"; block_m, block_n, block_k of a tile; warps, stages; group_m rows of tiles are walked
+    together; ``splits`` of K (split), ``per_processor`` programs and whether to
+    ``flatten`` the loops over tiles and K into one (tiles).
+    """
+    if m > 64 and has_descriptors(n, k, target):
+        rates = {(128, 256): 1.0, (128, 128): 0.8, (64, 128): 0.65}
+
+        def cost(tile: tuple[int, int]) -> float:
+            return -(-tiles_of(m, n, *tile) // target.processors) * tile[0] * tile[1] / rates[tile]
+
+        block_m, block_n = min(rates, key=cost)
+        warps, stages = (4, 8) if block_m == 64 else (8, 4)
+        return tiles_config(block_m, block_n, 128, warps, stages)
+    block_m = next(size for size in (16, 32, 64) if m <= size or size == 64)
+    block_n, block_k, warps, stages = (128, 128, 8, 4) if m > 64 else (64, 256, 4, 4 if block_m < 64 else 3)
+    return split_config(block_m, block_n, block_k, warps, stages, splits_for(m, n, k, block_m, block_n, target))
+
+
+def search_space(m: int, n: int, k: int, target: Target) -> list[dict[str, int | str]]:
+    """Configurations worth timing at a shape, the likely best first; see :func:`default_config` for the keys."""
+    space = [default_config(m, n, k, target)]
+    block_m = next(size for size in (16, 32, 64) if m <= size or size == 64)
+    if m <= 16:
+        shapes = ((64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 4, 5), (64, 256, 4, 6), (64, 512, 4, 3), (128, 256, 4, 3), (128, 256, 4, 4),
+                  (128, 128, 4, 5), (32, 256, 2, 6), (32, 512, 2, 4), (32, 512, 4, 4), (64, 128, 4, 8))  # fmt: skip
+    elif m <= 64:
+        shapes = ((64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 4, 5), (64, 256, 4, 6), (64, 128, 4, 6), (64, 128, 4, 8), (32, 256, 4, 6),
+                  (128, 256, 8, 4), (128, 128, 4, 5))  # fmt: skip
+    else:
+        shapes = ((128, 128, 8, 4), (64, 128, 4, 4))
+    for block_n, block_k, warps, stages in shapes:
+        most = splits_for(m, n, k, block_m, block_n, target)
+        for splits in sorted({1, most, 2 * most}) if most > 1 else (1,):
+            space.append(split_config(block_m, block_n, block_k, warps, stages, splits))
+    if m > 16 and has_descriptors(n, k, target):
+        tiles = [(64, 128, 128, 4, 8), (64, 128, 256, 4, 4), (64, 64, 256, 4, 5), (64, 64, 128, 4, 6)]
+        tiles += [(128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (128, 128, 128, 8, 4)] if m > 64 else []
+        for shape in tiles:
+            space += [tiles_config(*shape, group_m=group_m) for group_m in ((4, 8, 16) if m > 1024 else (8,))]
+    return space
+
+
+def split_config(block_m: int, block_n: int, block_k: int, warps: int, stages: int, splits: int) -> dict[str, int | str]:
+    return dict(
+        kernel="split", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages, group_m=8, splits=splits
+    )  # fmt: skip
+
+
+def tiles_config(
+    block_m: int, block_n: int, block_k: int, warps: int, stages: int, *, group_m: int = 8, per_processor: int = 1,
+    flatten: bool = True,
+) -> dict[str, int | str]:
+    return dict(
+        kernel="tiles", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages, group_m=group_m,
+        per_processor=per_processor, flatten=flatten,
+    )  # fmt: skip
+
+
+def tiles_of(m: int, n: int, block_m: int, block_n: int) -> int:
+    """How many tiles cover the outputs."""
+    return -(-m // block_m) * -(-n // block_n)
+
+
+def splits_for(m: int, n: int, k: int, block_m: int, block_n: int, target: Target) -> int:
+    """Parts of K: doubled as long as programs stay below half of the processors and parts above 512 codes."""
+    splits = 1
+    while 4 * splits * tiles_of(m, n, block_m, block_n) <= target.processors and k >= 1024 * splits:
+        splits *= 2
+    return splits
+
+
+def has_descriptors(n: int, k: int, target: Target) -> bool:
+    """TMA is there, and walks over matrices of these sizes: their rows are multiples of 16 bytes."""
+    return target.capability >= (9, 0) and k % 16 == 0 and n % 8 == 0

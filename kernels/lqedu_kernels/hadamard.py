@@ -1,0 +1,515 @@
+"""Orthonormal Walsh-Hadamard transforms at the speed of a copy, alone or with the quantization behind; ``20-hadamard-kv``.
+
+    y = x H^T / √n,   n = m · 2^k,   H = H_m ⊗ H_2^k        on runs of n consecutive elements, or of n elements `stride` apart
+
+H_2^k is Sylvester's, H_m (m = 12, 20, 28, …, 172) a table of signs; nothing is padded with zeros that change the result. A
+vector is the matrix X of its elements, row after row, and H ⊗ H' splits into a product from each side:
+
+    n = left · pieces · columns       Y = L X R        L = H_left,  R = I_pieces ⊗ H_columns after a butterfly of the pieces
+
+         piece 0    piece 1                            14336 = 56 · 4 · 64: L is 56 x 56, R 64 x 64, and tensor cores do
+    row 0  0 …  63   64 … 127  128 …                   2 · (64 + 64) operations an element of the 2 · 14336 that H would ask for;
+    row 1  256 …                                       signs times 16-bit numbers are exact, and sums are float32
+    …
+
+Short vectors share a tile: L is then block-diagonal. The product L X reads X as it comes from memory, its sums stay in
+registers, and are the first operand of the product with R: X crosses shared memory once.
+
+What rounds: L X (after the butterfly) once to the dtype of x, 2^-11 or, in bfloat16, 2^-8 of each element at most; then y to
+that dtype too, or to codes: these are made of the float32 y. Tables hold ± powers of two near 1/√left and 1/√columns, so
+in float16 no sum overflows that is not √2 · 65504 or more as an element of L X / √(left · pieces) itself.
+
+Bytes: 2 read and 2 (codes: 1) written an element. Operations of the transform itself: n log2 n additions a vector.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lqedu_kernels._numerics import INTERPRET, to_dtype, to_float8_e4m3
+from lqedu_kernels._tensors import Target, check_tensor, target_of
+from lqedu_kernels.quantize import (
+    Quantized,
+    TokenGrid,
+    check_grid,
+    largest_of,
+    low_byte,
+    quantize_reference,
+    quantize_tokens,
+)
+from lqedu_kernels.tuning import configuration
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_TILE = 32768  # elements of a tile at most: 128 float32 sums a thread of eight warps
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+def hadamard_reference(x: Tensor, length: int | None = None, stride: int = 1) -> Tensor:
+    """The contract in plain torch, in float32 (float64 for float64): butterflies, then the table.
+
+    >>> hadamard_reference(torch.tensor([[1.0, 2.0, 3.0, 4.0] * 4]))[0, :4]
+    tensor([10., -2., -4.,  0.])
+    """
+    length = x.shape[-1] // stride if length is None else length
+    m, power = factors(length)
+    y = x if x.dtype == torch.float64 else x.float()
+    y = y.unflatten(-1, (-1, length, stride)).transpose(-1, -2)  # [..., runs, stride, length]
+    half = 1
+    while half < power:
+        y = y.unflatten(-1, (-1, 2, half))
+        y = torch.stack((y[..., 0, :] + y[..., 1, :], y[..., 0, :] - y[..., 1, :]), -2).flatten(-3)
+        half *= 2
+    y = (table(m).to(y) @ y.unflatten(-1, (m, power))).flatten(-2)
+    return (y * length**-0.5).transpose(-1, -2).reshape(x.shape).to(x.dtype)
+
+
+def hadamard_quantize_reference(
+    x: Tensor,
+    grid: TokenGrid = TokenGrid(),
+    *,
+    length: int | None = None,
+    stride: int = 1,
+    sums: bool = False,  # noqa: B008
+) -> Quantized:
+    """Codes of the transform, of its float32 values."""
+    return quantize_reference(hadamard_reference(x.float(), length, stride), grid, sums=sums)
+
+
+@functools.cache
+def _tables() -> Mapping[str, str]:
+    return json.loads((resources.files("lqedu_kernels") / "tables" / "hadamard.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def table(m: int) -> Tensor:
+    """The Hadamard matrix of a factor of :func:`factors`, ± 1, float64 ``[m, m]``: from Paley's and Williamson's constructions."""
+    bits = "0" if m == 1 else bin(int("1" + _tables()[str(m)], 16))[3:]
+    return 1 - 2 * torch.tensor([int(bit) for bit in bits], dtype=torch.float64).view(m, m)
+
+
+def factors(length: int) -> tuple[int, int]:
+    """``(m, 2^k)`` of a length: the smallest m that has a table, 1 for powers of two.
+
+    Raises:
+        ValueError: no factor of the length has a table.
+
+    >>> factors(4096), factors(11008), factors(14336)
+    ((1, 4096), (172, 64), (28, 512))
+    """
+    m = length // (length & -length) if length > 0 else 0
+    while 0 < m <= length and m <= 172:
+        if m == 1 or str(m) in _tables():
+            return m, length // m
+        m *= 2
+    raise ValueError(
+        f"length {length} has no Hadamard matrix here: it must be 2^k or m · 2^k with m = 12, 20, 28, … 172"
+    )
+
+
+def bytes_moved(m: int, k: int, *, quantized: bool = False) -> int:
+    """Fewest bytes of a call on ``[m, k]``: 16-bit elements read once, elements or codes and scales written once."""
+    return m * (3 * k + 4) if quantized else 4 * m * k
+
+
+def operations(m: int, k: int, length: int | None = None) -> int:
+    """Additions of the transforms by butterflies and tables; what tensor cores do instead is in :class:`Split`."""
+    factor, power = factors(length or k)
+    return m * k * (factor - 1 + power.bit_length() - 1)
+
+
+# --- how a vector becomes a matrix ------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """A tile of ``vectors`` vectors of ``left · pieces · columns`` elements, as ``rows + more`` rows of the two products.
+
+    >>> split(14336)
+    Split(left=56, pieces=4, columns=64, vectors=1, rows=64, more=0)
+    """
+
+    left: int  #: order of L, m · 2^j
+    pieces: int  #: 1, 2 or 4: what lies side by side in a row, and is added and subtracted
+    columns: int  #: order of R; in a strided transform, columns that have nothing to do with each other
+    vectors: int  #: vectors in a tile, one below the other
+    rows: int  #: 64 or 128, the last ones empty unless left · vectors fills them
+    more: int  #: 64 where a vector needs more than 128 rows, else 0
+
+
+def split(length: int, stride: int = 1, *, pieces: int | None = None, token: int | None = None) -> Split | None:
+    """The matrix of a vector: 64 columns, and no more rows than the tensor cores' 64 if four pieces allow it.
+
+    Args:
+        length, stride: of the transform.
+        pieces: instead of the number chosen so.
+        token: elements that share a scale, a multiple of length · stride: a tile then holds whole tokens.
+
+    Returns:
+        ``None`` where no tile holds that.
+    """
+    m, power = factors(length)
+    columns = min(64, power) if stride == 1 else min(128, triton.next_power_of_2(stride))
+    rest = length // columns if stride == 1 else length
+    if pieces is None:
+        pieces = 1
+        while stride == 1 and pieces < 4 and rest // pieces > max(64, m):
+            pieces *= 2
+    left, group = rest // pieces, 1 if token is None else token // (length * stride)
+    fitting = max(1, 64 // (left * group))
+    if token is not None and (left * group) & (left * group - 1):
+        fitting = 1  # the kernel finds the scales of several tokens in a tile where their rows are powers of two
+    used = left * group * fitting
+    rows, more = (64, 0) if used <= 64 else (128, 0) if used <= 128 else (128, 64)
+    whole = left * pieces == rest and left % m == 0 and (stride == 1 or pieces == 1)
+    if not whole or columns < 16 or used > 192 or (rows + more) * pieces * columns > _TILE:
+        return None
+    return None if token is not None and stride > columns else Split(left, pieces, columns, group * fitting, rows, more)
+
+
+@functools.cache
+def _operands(s: Split, stride: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """L ``[rows + more, rows + more]``, R ``[columns, columns]``, and what is missing to an orthonormal transform."""
+    down = round(math.log2(math.sqrt(s.left * s.pieces)))
+    right = round(math.log2(math.sqrt(s.columns))) if stride == 1 else 0
+    m, power = factors(s.left)
+    one = torch.kron(table(m), _sylvester(power)) * 2.0**-down
+    size = s.rows + s.more
+    b_left = torch.zeros(size, size, dtype=torch.float64)
+    b_left[: s.vectors * s.left, : s.vectors * s.left] = torch.block_diag(*[one] * s.vectors)
+    b_right = _sylvester(s.columns) * 2.0**-right
+    length = s.left * s.pieces * (s.columns if stride == 1 else 1)
+    return b_left.to(device, dtype), b_right.to(device, dtype), 2.0 ** (down + right) / math.sqrt(length)
+
+
+def _sylvester(order: int) -> Tensor:
+    h, step = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1, 1], [1, -1]], dtype=torch.float64)
+    while len(h) < order:
+        h = torch.kron(step, h)
+    return h
+
+
+# --- launch configurations --------------------------------------------------------------------------------------------
+
+
+def default_config(m: int, length: int, target: Target, *, quantized: bool = False) -> dict[str, int | None]:
+    """Where nothing was measured: four warps for 64 rows, one program a tile unless programs are large and few.
+
+    Keys: ``pieces`` (see :func:`split`; None: as few as possible), ``warps``, ``stages`` of loads in flight, ``resident``
+    programs a processor that share the tiles and keep their tables (0: one program a tile).
+    """
+    s = split(length)
+    if s is None or s.rows + s.more == 64:
+        return dict(pieces=None, warps=4, stages=1, resident=6 if quantized and s is not None and s.pieces == 1 else 0)
+    return dict(pieces=None, warps=4 if s.more and s.pieces == 1 else 8, stages=1, resident=2)
+
+
+def search_space(m: int, length: int, target: Target) -> list[dict[str, int | None]]:
+    """Configurations worth timing, the likely best first; see :func:`default_config` for the keys."""
+    space = []
+    for pieces in (None, 1, 2, 4):
+        s = split(length, pieces=pieces)
+        if s is None or (pieces is not None and s == split(length)):
+            continue
+        tile = (s.rows + s.more) * s.pieces * s.columns
+        for warps in (4, 8):
+            if not 32 <= tile // (32 * warps) <= 128:
+                continue
+            most = max(1, min(8, 32768 // tile * (2 if tile <= 8192 else 1)))
+            choices = [(1, 0)] + [
+                (stages, r)
+                for r in sorted({most, max(1, most - 1), max(1, most * 3 // 4), 2}, reverse=True)
+                for stages in (1, 2, 3)
+            ]
+            space += [dict(pieces=pieces, warps=warps, stages=stages, resident=r) for stages, r in choices]
+    return space
+
+
+# --- kernel -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot(a, b, c=None):
+    """Sums in float32; the interpreter cannot multiply bfloat16."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c)
+
+
+@triton.jit
+def _block(p_table, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, width):
+    return tl.load(p_table + (row + tl.arange(0, ROWS))[:, None] * width + (column + tl.arange(0, COLUMNS))[None, :])
+
+
+@triton.jit
+def _load_pieces(p_x, o_x, m_x, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
+    b_pieces = ()
+    for j in tl.static_range(PIECES):
+        b_pieces = b_pieces + (tl.load(p_x + j * COLUMNS + o_x, mask=m_x, other=0.0),)
+    return b_pieces
+
+
+@triton.jit
+def _butterfly(b, PIECES: tl.constexpr):
+    """The pieces times Sylvester's matrix of order PIECES."""
+    if PIECES == 4:
+        even, odd, even_2, odd_2 = b[0] + b[1], b[0] - b[1], b[2] + b[3], b[2] - b[3]
+        return (even + even_2, odd + odd_2, even - even_2, odd - odd_2)
+    if PIECES == 2:
+        return (b[0] + b[1], b[0] - b[1])
+    return b
+
+
+@triton.jit
+def _right(b, b_right, dtype: tl.constexpr, PIECES: tl.constexpr, RIGHT: tl.constexpr):
+    """The butterfly of the pieces, and each times R, float32."""
+    b = _butterfly(b, PIECES)
+    if RIGHT:
+        b_out = ()
+        for j in tl.static_range(PIECES):
+            b_out = b_out + (_dot(to_dtype(b[j], dtype), b_right),)
+        return b_out
+    return b
+
+
+@triton.jit
+def _largest(b, PIECES: tl.constexpr):
+    """Largest magnitude of each row of the pieces."""
+    b_largest = tl.abs(b[0])
+    for j in tl.static_range(1, PIECES):
+        b_largest = largest_of(b_largest, tl.abs(b[j]))
+    return tl.reduce(b_largest, 1, largest_of)
+
+
+@triton.jit
+def _store_pieces(
+    p_y, o_y, m_y, b, b_factor,
+    LARGEST: tl.constexpr, UNIT: tl.constexpr, CLIPPED: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y times its factor as 16-bit numbers, or as codes up to LARGEST; returns the sum of integer codes of each row."""
+    b_sum = tl.zeros((b[0].shape[0],), tl.int32)
+    dtype: tl.constexpr = p_y.dtype.element_ty
+    for j in tl.static_range(PIECES):
+        b_y = b[j] if UNIT else b[j] * b_factor
+        if LARGEST == 0:
+            b_out = to_dtype(b_y, dtype)
+        elif dtype == tl.int8:
+            if CLIPPED:
+                b_y = tl.minimum(tl.maximum(b_y, -LARGEST - 1), LARGEST)
+            b_out = low_byte(b_y)
+            b_sum += tl.sum(b_out.to(tl.int32), 1)
+        else:
+            b_out = to_float8_e4m3(tl.minimum(tl.maximum(b_y, -LARGEST), LARGEST))
+        tl.store(p_y + j * COLUMNS + o_y, b_out, mask=m_y)
+    return b_sum
+
+
+@triton.jit
+def _hadamard_kernel(
+    p_x, p_left, p_right, p_y, p_scale, p_sums, all_rows, tiles, factor, clip_ratio,
+    PITCH: tl.constexpr, LEFT: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr,
+    RIGHT: tl.constexpr, UNIT: tl.constexpr, TOKEN: tl.constexpr, LARGEST: tl.constexpr, CLIPPED: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Y = L X R of a tile; TOKEN rows share a scale, and LARGEST is the largest code, 0 if y is not quantized."""
+    dtype: tl.constexpr = p_x.dtype.element_ty
+    USED: tl.constexpr = LEFT * VECTORS
+    SIZE: tl.constexpr = ROWS + MORE
+    # 1. Tables, once a program: [ROWS + MORE, ROWS + MORE] in parts of a power of two, and [COLUMNS, COLUMNS].
+    b_left = _block(p_left, 0, 0, ROWS, ROWS, SIZE)
+    if MORE:
+        b_left_more = _block(p_left, 0, ROWS, ROWS, MORE, SIZE)
+        b_more_left = _block(p_left, ROWS, 0, MORE, ROWS, SIZE)
+        b_more_more = _block(p_left, ROWS, ROWS, MORE, MORE, SIZE)
+    b_right = _block(p_right, 0, 0, COLUMNS, COLUMNS, COLUMNS)
+    o_r = tl.arange(0, ROWS)
+    o_c = tl.arange(0, COLUMNS)
+    o_x = o_r[:, None] * PITCH + o_c[None, :]
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        # 2. Place and load: rows beyond the tile's vectors, or all vectors, are 0.
+        first = tl.full((), USED, tl.int64) * (tile // BLOCKS)
+        column = (tile % BLOCKS) * COLUMNS
+        p_in, p_out = p_x + first * PITCH + column, p_y + first * PITCH + column
+        m_x = ((o_r < USED) & (first + o_r < all_rows))[:, None]
+        if not RIGHT:
+            m_x = m_x & (column + o_c < PITCH)[None, :]
+        b_x = _load_pieces(p_in, o_x, m_x, PIECES, COLUMNS)  # PIECES times [ROWS, COLUMNS]
+        if MORE:
+            o_more = ROWS + tl.arange(0, MORE)
+            o_xm = o_more[:, None] * PITCH + o_c[None, :]
+            m_xm = (o_more < USED)[:, None]
+            b_xm = _load_pieces(p_in, o_xm, m_xm, PIECES, COLUMNS)  # PIECES times [MORE, COLUMNS]
+        # 3. L X: the products of all pieces, float32.
+        b_y = ()
+        b_ym = ()
+        for j in tl.static_range(PIECES):
+            if MORE:
+                b_y = b_y + (_dot(b_left_more, b_xm[j], _dot(b_left, b_x[j])),)
+                b_ym = b_ym + (_dot(b_more_more, b_xm[j], _dot(b_more_left, b_x[j])),)
+            else:
+                b_y = b_y + (_dot(b_left, b_x[j]),)
+        # 4. (L X) R: rounded to 16 bits between the products.
+        b_y = _right(b_y, b_right, dtype, PIECES, RIGHT)
+        if MORE:
+            b_ym = _right(b_ym, b_right, dtype, PIECES, RIGHT)
+        # 5. Scale and store: the factor that makes the transform orthonormal goes into the scale of a token.
+        b_factor = factor
+        if LARGEST:
+            TOKENS: tl.constexpr = USED // TOKEN
+            b_largest = _largest(b_y, PIECES)
+            if TOKENS == 1:
+                b_range = tl.reduce(b_largest, 0, largest_of)
+                if MORE:
+                    b_range = largest_of(b_range, tl.reduce(_largest(b_ym, PIECES), 0, largest_of))
+                b_scale, b_factor = _scale(b_range, factor, clip_ratio, LARGEST)
+                tl.store(p_scale + tile, b_scale)
+            else:
+                b_range = tl.reduce(tl.reshape(b_largest, (TOKENS, TOKEN)), 1, largest_of)
+                b_scale, b_codes = _scale(b_range, factor, clip_ratio, LARGEST)
+                b_factor = tl.reshape(tl.broadcast_to(b_codes[:, None], (TOKENS, TOKEN)), (ROWS,))[:, None]
+                o_t = tile * TOKENS + tl.arange(0, TOKENS)
+                tl.store(p_scale + o_t, b_scale, mask=o_t * TOKEN < all_rows)
+        b_sum = _store_pieces(p_out, o_x, m_x, b_y, b_factor, LARGEST, UNIT, CLIPPED, PIECES, COLUMNS)
+        if MORE:
+            b_sum_more = _store_pieces(p_out, o_xm, m_xm, b_ym, b_factor, LARGEST, UNIT, CLIPPED, PIECES, COLUMNS)
+        if p_sums is not None:
+            if TOKENS == 1:
+                total = tl.sum(b_sum, 0)
+                if MORE:
+                    total += tl.sum(b_sum_more, 0)
+                tl.store(p_sums + tile, total)
+            else:
+                tl.store(p_sums + o_t, tl.sum(tl.reshape(b_sum, (TOKENS, TOKEN)), 1), mask=o_t * TOKEN < all_rows)
+
+
+@triton.jit
+def _scale(b_range, factor, clip_ratio, LARGEST: tl.constexpr):
+    """The scale of a token whose sums reach ``range``, and what turns its sums into codes."""
+    b_scale = b_range * (factor * clip_ratio / LARGEST)
+    b_scale = tl.where(b_scale < _TINY, 1.0, b_scale)
+    return b_scale, factor / b_scale
+
+
+# --- what is called ---------------------------------------------------------------------------------------------------
+
+
+def hadamard_transform(
+    x: Tensor, *, length: int | None = None, stride: int = 1, config: Mapping[str, int | None] | None = None
+) -> Tensor:
+    """Orthonormal transforms of each row of ``x``.
+
+    Args:
+        x: float16 or bfloat16 ``[M, K]``, contiguous.
+        length: of a transform, 2^k or m · 2^k; the whole row if not given.
+        stride: elements from one to the next of a transform: 1 transforms runs of ``length`` consecutive ones, the head size
+            with ``length`` = number of heads transforms across heads. ``length · stride`` must divide K.
+        config: a launch configuration, see :func:`default_config`; the measured one of this GPU if none is given.
+
+    Returns:
+        ``[M, K]`` in the dtype of x. Lengths beyond a tile (some 32768) take two launches.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, device or layout than this; see the message.
+    """
+    target, length = _check(x, length, stride)
+    c, s = _configure("hadamard/transform", x, length, stride, target, config, None)
+    y = torch.empty_like(x)
+    if s is not None:
+        _launch(x, y, s, length, stride, c)
+        return y
+    # H_length = H_a ⊗ H_b: across b, then runs of b.
+    m, power = factors(length)
+    b = power // max(1, 64 // m)
+    across = hadamard_transform(x, length=length // b, stride=b * stride)
+    return hadamard_transform(across, length=b, stride=stride)
+
+
+def hadamard_quantize(
+    x: Tensor,
+    grid: TokenGrid = TokenGrid(),  # noqa: B008
+    *,
+    length: int | None = None,
+    stride: int = 1,
+    sums: bool = False,
+    config: Mapping[str, int | None] | None = None,
+) -> Quantized:
+    """Transform, then codes and a scale for each row, from float32 numbers that are never stored.
+
+    One launch on a symmetric grid with one scale a token, if a tile holds a token; otherwise a transform (rounded to the
+    dtype of x) and :func:`lqedu_kernels.quantize.quantize_tokens` one after the other. Arguments as there and as of
+    :func:`hadamard_transform`.
+    """
+    target, length = _check(x, length, stride)
+    check_grid(grid, sums, target)
+    c, s = _configure("hadamard/int8", x, length, stride, target, config, x.shape[1])
+    if s is None or not grid.symmetric or grid.group_size is not None:
+        return quantize_tokens(hadamard_transform(x, length=length, stride=stride), grid, sums=sums)
+    m, empty = x.shape[0], {"device": x.device}
+    out = Quantized(
+        torch.empty(x.shape, dtype=torch.uint8, **empty).view(grid.dtype), torch.empty(m, 1, **empty), None,
+        torch.empty(m, 1, dtype=torch.int32, **empty) if sums else None,
+    )  # fmt: skip
+    _launch(x, out.codes, s, length, stride, c, out, grid)
+    return out
+
+
+def _launch(
+    x: Tensor, y: Tensor, s: Split, length: int, stride: int, c: Mapping[str, int | None],
+    out: Quantized | None = None, grid: TokenGrid | None = None,
+) -> None:  # fmt: skip
+    pitch = s.pieces * s.columns if stride == 1 else stride
+    blocks = triton.cdiv(pitch, s.pieces * s.columns)
+    rows = x.numel() // pitch
+    tiles = triton.cdiv(rows, s.left * s.vectors) * blocks
+    if tiles == 0:
+        return
+    b_left, b_right, factor = _operands(s, stride, x.dtype, x.device)
+    programs = min(tiles, c["resident"] * target_of(x, "x").processors) if c["resident"] else tiles
+    _hadamard_kernel[(programs,)](
+        x, b_left, b_right, y, out and out.scale, out and out.sums, rows, tiles, factor, grid.clip_ratio if grid else 1.0,
+        PITCH=pitch, LEFT=s.left, PIECES=s.pieces, COLUMNS=s.columns, VECTORS=s.vectors, ROWS=s.rows, MORE=s.more, RIGHT=stride == 1,
+        UNIT=factor == 1 and grid is None, TOKEN=x.shape[1] // pitch, LARGEST=grid.largest if grid else 0,
+        CLIPPED=grid is not None and grid.clip_ratio != 1, BLOCKS=blocks,
+        STAGES=c["stages"], num_warps=c["warps"],
+    )  # fmt: skip
+
+
+def _configure(
+    operation: str,
+    x: Tensor,
+    length: int,
+    stride: int,
+    target: Target,
+    config: Mapping[str, int | None] | None,
+    token: int | None,
+) -> tuple[Mapping[str, int | None], Split | None]:
+    """The configuration and what it makes of a vector; a measured one of another length may not fit this one."""
+    m, k = x.shape
+    default = default_config(m, length, target, quantized=token is not None)
+    measured = configuration(operation, m, k, k, gpu=target.name) if stride == 1 and length == k else None
+    for c in (config, measured, default):
+        s = split(length, stride, pieces=c["pieces"], token=token) if c else None
+        if s is not None:
+            return c, s
+    return default, None
+
+
+def _check(x: Tensor, length: int | None, stride: int) -> tuple[Target, int]:
+    check_tensor("x", x, dtype=_DTYPES, shape=(None, None), device=getattr(x, "device", None), what="[M, K]")
+    target = target_of(x, "x")
+    k = x.shape[1]
+    for name, value in (("length", length), ("stride", stride)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    length = k // stride if length is None else length
+    if k == 0 or length == 0 or k % (length * stride):
+        raise ValueError(f"x has {k} columns, which transforms of length {length} with stride {stride} do not divide")
+    if stride == 1 and factors(length)[1] < 16:
+        raise ValueError(f"length {length} is m · 2^k with 2^k below 16, which only transforms with a stride serve")
+    return target, length

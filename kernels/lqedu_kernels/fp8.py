@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lqedu_kernels import _dense
 from lqedu_kernels._numerics import to_dtype
-from lqedu_kernels._schedule import COUNTERS, counters, grouped_tile, sum_of_parts
+from lqedu_kernels._schedule import COUNTERS, after_previous, counters, grouped_tile, overlapped, sum_of_parts
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
@@ -92,7 +92,8 @@ def default_config(m: int, n: int, k: int, target: Target, *, blocks: bool = Fal
         return c
     if c["kernel"] == "tiles":
         return _dense.tiles_config(64, BLOCK, BLOCK, 4, 4, per_processor=2, flatten=False)
-    return {**c, "block_k": BLOCK, "stages": 2 * c["stages"], "block_m": min(c["block_m"], 32)}
+    block_m = min(c["block_m"], 32)
+    return _dense.split_config(block_m, 64, BLOCK, 4, 6, _dense.splits_for(m, n, k, block_m, 64, target))
 
 
 def search_space(m: int, n: int, k: int, target: Target, *, blocks: bool = False) -> list[dict[str, int | str]]:
@@ -119,16 +120,23 @@ def search_space(m: int, n: int, k: int, target: Target, *, blocks: bool = False
 
 
 @triton.jit
-def _finish(b_sum, o_m, o_n, p_x_scale, p_w_scale, p_bias, M, N, x_stride, w_stride, BLOCKS: tl.constexpr, dtype: tl.constexpr):
-    """Sums of rows o_m and columns o_n (one of them [rows, 1], the other [1, columns]) to outputs."""
+def _load_scales(p_x_scale, p_w_scale, p_bias, o_m, o_n, M, N, x_stride, w_stride, BLOCKS: tl.constexpr):
+    """What the sums of tokens o_m and outputs o_n still need to become y; one is [rows, 1], the other [1, columns]."""
     m_m, m_n = o_m < M, o_n < N
+    b_x_scale, b_w_scale, b_bias = 1.0, 1.0, 0.0
     if not BLOCKS:
-        b_sum *= tl.load(p_x_scale + o_m * x_stride, mask=m_m, other=0.0)
+        b_x_scale = tl.load(p_x_scale + o_m * x_stride, mask=m_m, other=0.0)
     if p_w_scale is not None:
-        b_sum *= tl.load(p_w_scale + o_n * w_stride, mask=m_n, other=0.0)
+        b_w_scale = tl.load(p_w_scale + o_n * w_stride, mask=m_n, other=0.0)
     if p_bias is not None:
-        b_sum += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
-    return to_dtype(b_sum, dtype)
+        b_bias = tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
+    return b_x_scale, b_w_scale, b_bias
+
+
+@triton.jit
+def _finish(b_sum, scales, dtype: tl.constexpr):
+    b_x_scale, b_w_scale, b_bias = scales
+    return to_dtype(b_sum * b_x_scale * b_w_scale + b_bias, dtype)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -136,7 +144,7 @@ def _split_kernel(
     p_x, p_w, p_y, p_x_scale, p_w_scale, p_w_blocks, p_bias, p_partial, p_counter,
     M, N, K, x_stride, x_stride_k, w_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Weights are the first operand, so that outputs fill the 64 rows of a tensor core's product and tokens may be few."""
     # 1. Place: a tile, and the steps of one part of K.
@@ -150,11 +158,14 @@ def _split_kernel(
     p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
     p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
     p_s = p_x_scale + tl.minimum(o_m, M - 1) * x_stride
+    o_m, o_n = o_m[None, :], o_n[:, None]
+    after_previous(OVERLAP)
+    # 2. Load: codes beyond K are 0. Scales come first, so that nobody waits for them in the end.
+    scales = _load_scales(p_x_scale, p_w_scale, p_bias, o_m, o_n, M, N, x_stride, w_stride, BLOCKS)
     b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(part * steps // SPLITS, (part + 1) * steps // SPLITS):
-        # 2. Load: codes beyond K are 0. Weights are read once, so they leave the cache first.
         m_k = o_k < K - step * BLOCK_K
-        # [BLOCK_N, BLOCK_K]
+        # [BLOCK_N, BLOCK_K], read once: leaves the cache first
         b_w = tl.load(p_w_rows + step * BLOCK_K, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
         # [BLOCK_K, BLOCK_M]
         b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None], other=0.0)
@@ -172,51 +183,48 @@ def _split_kernel(
         b_sum, whole = sum_of_parts(b_sum, p_partial, p_counter, tile, part, SPLITS)
     # 5. Scale and store.
     if whole:
-        b_y = _finish(
-            b_sum, o_m[None, :], o_n[:, None], p_x_scale, p_w_scale, p_bias, M, N, x_stride, w_stride, BLOCKS,
-            p_y.dtype.element_ty,
-        )  # fmt: skip
-        m_y = (o_m < M)[None, :] & (o_n < N)[:, None]
-        tl.store(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], b_y, mask=m_y)
+        b_y = _finish(b_sum, scales, p_y.dtype.element_ty)
+        tl.store(p_y + o_m.to(tl.int64) * N + o_n, b_y, mask=(o_m < M) & (o_n < N))
 
 
 @triton.jit(do_not_specialize=["M"])
 def _tiles_kernel(
     d_x, d_w, d_y, p_x_scale, p_w_scale, p_w_blocks, p_bias, M, N, K, x_stride, x_stride_k, w_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Each program walks over whole tiles; FLATTEN makes the loops one: a tile's loads start while the last one is stored."""
-    tiles_m, tiles_n, steps_k = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    tiles_m, tiles_n, steps = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    after_previous(OVERLAP)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # 1. Place.
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         p_s = p_x_scale + tl.minimum(o_m, M - 1) * x_stride
         b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for j in range(steps_k):
+        for step in range(steps):
             # 2. Load: descriptors give 0 outside.
-            b_x = d_x.load([tile_m * BLOCK_M, j * BLOCK_K])  # [BLOCK_M, BLOCK_K]
-            b_w = d_w.load([tile_n * BLOCK_N, j * BLOCK_K])  # [BLOCK_N, BLOCK_K]
+            b_x = d_x.load([tile_m * BLOCK_M, step * BLOCK_K])  # [BLOCK_M, BLOCK_K]
+            b_w = d_w.load([tile_n * BLOCK_N, step * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             # 3. Multiply; of blocks, scale and add outside the tensor cores.
             if BLOCKS:
-                b_s = tl.load(p_s + j * x_stride_k)  # [BLOCK_M]
+                b_s = tl.load(p_s + step * x_stride_k)  # [BLOCK_M]
                 if p_w_blocks is not None:
-                    b_s *= tl.load(p_w_blocks + (tile_n * BLOCK_N // 128) * steps_k + j)
+                    b_s *= tl.load(p_w_blocks + (tile_n * BLOCK_N // 128) * steps + step)
                 b_sum += tl.dot(b_x, b_w.T) * b_s[:, None]
             else:
                 b_sum = tl.dot(b_x, b_w.T, b_sum)
         # 4. Halve: two stores of half a tile need half the shared memory, which buys a stage of the loop.
-        b_halves = tl.permute(tl.reshape(b_sum, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        b_left, b_right = tl.split(b_halves)
+        HALF: tl.constexpr = BLOCK_N // 2
+        b_left, b_right = tl.split(tl.permute(tl.reshape(b_sum, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         # 5. Scale and store.
         o_m = o_m[:, None]
-        o_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2))[None, :]
-        b_y = _finish(b_left, o_m, o_n, p_x_scale, p_w_scale, p_bias, M, N, x_stride, w_stride, BLOCKS, d_y.dtype)
-        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N], b_y)
-        o_n += BLOCK_N // 2
-        b_y = _finish(b_right, o_m, o_n, p_x_scale, p_w_scale, p_bias, M, N, x_stride, w_stride, BLOCKS, d_y.dtype)
-        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], b_y)
+        o_n = (tile_n * BLOCK_N + tl.arange(0, HALF))[None, :]
+        scales = _load_scales(p_x_scale, p_w_scale, p_bias, o_m, o_n, M, N, x_stride, w_stride, BLOCKS)
+        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N], _finish(b_left, scales, d_y.dtype))
+        o_n += HALF
+        scales = _load_scales(p_x_scale, p_w_scale, p_bias, o_m, o_n, M, N, x_stride, w_stride, BLOCKS)
+        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N + HALF], _finish(b_right, scales, d_y.dtype))
 
 
 # --- what is called ---------------------------------------------------------------------------------------------------
@@ -271,14 +279,13 @@ def fp8_matmul(
     sizes = (m, n, k, *x_strides, int(w_scale.numel() > 1))
     options = dict(
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], BLOCKS=blocks, num_warps=c["warps"],
-        num_stages=c["stages"],
+        num_stages=c["stages"], **overlapped(target),
     )  # fmt: skip
     if c["kernel"] == "split":
         splits = c["splits"] if tiles <= COUNTERS else 1
-        partial = torch.empty((tiles, splits, block_n, block_m) if splits > 1 else 0, dtype=torch.float32, device=y.device)
-        _split_kernel[(tiles * splits,)](
-            x_codes, w_codes, y, *scales, partial, counters(y.device), *sizes, **options, SPLITS=splits
-        )
+        parts = torch.empty((tiles, splits, block_n, block_m), dtype=torch.float32, device=y.device) if splits > 1 else None
+        count = counters(y.device) if splits > 1 else None
+        _split_kernel[(tiles * splits,)](x_codes, w_codes, y, *scales, parts, count, *sizes, **options, SPLITS=splits)
         return y
     d_x = TensorDescriptor.from_tensor(x_codes, [block_m, block_k])
     d_w = TensorDescriptor.from_tensor(w_codes, [block_n, block_k])

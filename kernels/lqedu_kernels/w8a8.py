@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lqedu_kernels._dense import default_config, has_descriptors, search_space, tiles_of
 from lqedu_kernels._numerics import to_dtype
-from lqedu_kernels._schedule import COUNTERS, counters, grouped_tile, sum_of_parts
+from lqedu_kernels._schedule import COUNTERS, after_previous, counters, grouped_tile, overlapped, sum_of_parts
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
@@ -80,17 +80,25 @@ def operations(m: int, n: int, k: int) -> int:
 
 
 @triton.jit
-def _finish(b_sum, o_m, o_n, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride, dtype: tl.constexpr):
-    """Integer sums of rows o_m and columns o_n (one of them [rows, 1], the other [1, columns]) to outputs."""
+def _load_scales(p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, o_m, o_n, M, N, x_stride, w_stride):
+    """What the sums of tokens o_m and outputs o_n need to become y; one of them is [rows, 1], the other [1, columns]."""
     m_m, m_n = o_m < M, o_n < N
+    b_x_scale = tl.load(p_x_scale + o_m * x_stride, mask=m_m, other=0.0)
+    b_w_scale = tl.load(p_w_scale + o_n * w_stride, mask=m_n, other=0.0).to(tl.float32)
+    b_zero, b_w_sum, b_bias = 0, 0, 0.0
     if p_x_zero is not None:
         b_zero = tl.load(p_x_zero + o_m, mask=m_m, other=0).to(tl.int32)
-        b_sum -= b_zero * tl.load(p_w_sum + o_n, mask=m_n, other=0)
-    b_y = b_sum.to(tl.float32) * tl.load(p_x_scale + o_m * x_stride, mask=m_m, other=0.0)
-    b_y *= tl.load(p_w_scale + o_n * w_stride, mask=m_n, other=0.0).to(tl.float32)
+        b_w_sum = tl.load(p_w_sum + o_n, mask=m_n, other=0)
     if p_bias is not None:
-        b_y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
-    return to_dtype(b_y, dtype)
+        b_bias = tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
+    return b_x_scale, b_w_scale, b_zero, b_w_sum, b_bias
+
+
+@triton.jit
+def _finish(b_sum, scales, dtype: tl.constexpr):
+    b_x_scale, b_w_scale, b_zero, b_w_sum, b_bias = scales
+    total = (b_sum - b_zero * b_w_sum).to(tl.float32)
+    return to_dtype(total * b_x_scale * b_w_scale + b_bias, dtype)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -98,6 +106,7 @@ def _split_kernel(
     p_x, p_w, p_y, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, p_partial, p_counter,
     M, N, K, x_stride, w_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Weights are the first operand, so that outputs fill the 64 rows of a tensor core's product and tokens may be few."""
     # 1. Place: a tile, and the steps of one part of K.
@@ -110,11 +119,14 @@ def _split_kernel(
     # Rows beyond the end read the last one; what they give is not stored.
     p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
     p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
+    o_m, o_n = o_m[None, :], o_n[:, None]
+    after_previous(OVERLAP)
+    # 2. Load: codes beyond K are 0. Scales come first, so that nobody waits for them in the end.
+    scales = _load_scales(p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, o_m, o_n, M, N, x_stride, w_stride)
     b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in range(part * steps // SPLITS, (part + 1) * steps // SPLITS):
-        # 2. Load: codes beyond K are 0. Weights are read once, so they leave the cache first.
         m_k = o_k < K - step * BLOCK_K
-        # [BLOCK_N, BLOCK_K]
+        # [BLOCK_N, BLOCK_K], read once: leaves the cache first
         b_w = tl.load(p_w_rows + step * BLOCK_K, mask=m_k[None, :], other=0, eviction_policy="evict_first")
         # [BLOCK_K, BLOCK_M]
         b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None], other=0)
@@ -126,21 +138,19 @@ def _split_kernel(
         b_sum, whole = sum_of_parts(b_sum, p_partial, p_counter, tile, part, SPLITS)
     # 5. Scale and store.
     if whole:
-        b_y = _finish(
-            b_sum, o_m[None, :], o_n[:, None], p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride,
-            p_y.dtype.element_ty,
-        )  # fmt: skip
-        m_y = (o_m < M)[None, :] & (o_n < N)[:, None]
-        tl.store(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], b_y, mask=m_y)
+        b_y = _finish(b_sum, scales, p_y.dtype.element_ty)
+        tl.store(p_y + o_m.to(tl.int64) * N + o_n, b_y, mask=(o_m < M) & (o_n < N))
 
 
 @triton.jit(do_not_specialize=["M"])
 def _tiles_kernel(
     d_x, d_w, d_y, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, K, x_stride, w_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program walks over whole tiles; FLATTEN makes the loops one: a tile's loads start while the last one is stored."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    after_previous(OVERLAP)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # 1. Place.
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
@@ -152,16 +162,16 @@ def _tiles_kernel(
             # 3. Multiply.
             b_sum = tl.dot(b_x, b_w.T, b_sum, out_dtype=tl.int32)
         # 4. Halve: two stores of half a tile need half the shared memory, which buys a stage of the loop.
-        b_halves = tl.permute(tl.reshape(b_sum, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        b_left, b_right = tl.split(b_halves)
+        HALF: tl.constexpr = BLOCK_N // 2
+        b_left, b_right = tl.split(tl.permute(tl.reshape(b_sum, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         # 5. Scale and store.
         o_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        o_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2))[None, :]
-        b_y = _finish(b_left, o_m, o_n, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride, d_y.dtype)
-        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N], b_y)
-        o_n += BLOCK_N // 2
-        b_y = _finish(b_right, o_m, o_n, p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, M, N, x_stride, w_stride, d_y.dtype)
-        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], b_y)
+        o_n = (tile_n * BLOCK_N + tl.arange(0, HALF))[None, :]
+        scales = _load_scales(p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, o_m, o_n, M, N, x_stride, w_stride)
+        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N], _finish(b_left, scales, d_y.dtype))
+        o_n += HALF
+        scales = _load_scales(p_x_scale, p_w_scale, p_x_zero, p_w_sum, p_bias, o_m, o_n, M, N, x_stride, w_stride)
+        d_y.store([tile_m * BLOCK_M, tile_n * BLOCK_N + HALF], _finish(b_right, scales, d_y.dtype))
 
 
 # --- what is called ---------------------------------------------------------------------------------------------------
@@ -211,14 +221,14 @@ def w8a8_matmul(
     scales = (x_scale, w_scale, x_zero, w_sum if x_zero is not None else None, bias)
     sizes = (m, n, k, int(x_scale.numel() > 1), int(w_scale.numel() > 1))
     options = dict(
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], num_warps=c["warps"], num_stages=c["stages"]
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], num_warps=c["warps"], num_stages=c["stages"],
+        **overlapped(target),
     )  # fmt: skip
     if c["kernel"] == "split":
         splits = c["splits"] if tiles <= COUNTERS else 1
-        partial = torch.empty((tiles, splits, block_n, block_m) if splits > 1 else 0, dtype=torch.int32, device=y.device)
-        _split_kernel[(tiles * splits,)](
-            x_codes, w_codes, y, *scales, partial, counters(y.device), *sizes, **options, SPLITS=splits
-        )
+        parts = torch.empty((tiles, splits, block_n, block_m), dtype=torch.int32, device=y.device) if splits > 1 else None
+        count = counters(y.device) if splits > 1 else None
+        _split_kernel[(tiles * splits,)](x_codes, w_codes, y, *scales, parts, count, *sizes, **options, SPLITS=splits)
         return y
     d_x = TensorDescriptor.from_tensor(x_codes, [block_m, block_k])
     d_w = TensorDescriptor.from_tensor(w_codes, [block_n, block_k])

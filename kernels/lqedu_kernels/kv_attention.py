@@ -76,17 +76,32 @@ def operations(tokens: int, heads: int, head_dim: int) -> int:
     return 4 * tokens * heads * head_dim
 
 
-def default_config(programs: int, pages: int, *, processors: int, rows: int = 8) -> dict[str, int]:
-    """Pages of a split, such that about ten programs run on each processor at once, or as many as there are pages."""
-    splits = max(1, 10 * processors // programs)
-    return {"pages_per_split": max(1, -(-pages // splits)), "num_warps": 1, "num_stages": 5}
+def default_config(programs: int, pages: int, *, processors: int, page_bytes: int = 8704) -> dict[str, int]:
+    """Warps so that two steps of a program fit into 80 KB, and splits so that about ten warps run on each processor.
+
+    Args:
+        programs: sequences times key heads (times blocks of columns).
+        pages: of the longest sequence.
+        processors: of the GPU.
+        page_bytes: of keys, values and numbers of one page and head.
+    """
+    warps = 1
+    while warps < 4 and warps < pages and 4 * warps * page_bytes <= 80_000:
+        warps *= 2
+    splits = max(1, 10 * processors // (programs * warps))
+    per_split = -(-pages // splits)
+    return {"pages_per_split": -(-per_split // warps) * warps, "num_warps": warps, "num_stages": 5}
 
 
-def search_space(programs: int, pages: int, *, processors: int = 132) -> list[dict[str, int]]:
-    """Configurations worth timing, best guess first."""
-    guess = default_config(programs, pages, processors=processors)
-    sizes = dict.fromkeys([guess["pages_per_split"], *(2**i for i in range(8) if 2**i < 2 * pages)])
-    return [{"pages_per_split": s, "num_warps": w, "num_stages": n} for s in sizes for w, n in ((1, 5), (1, 6), (2, 5))]
+def search_space(programs: int, pages: int, *, processors: int = 132, page_bytes: int = 8704) -> list[dict[str, int]]:
+    """Configurations worth timing, best guess first: 2 to 20 warps for each processor, fewer where there are few pages."""
+    found = [default_config(programs, pages, processors=processors, page_bytes=page_bytes)]
+    fewest = min(2 * processors, programs * pages // 4)
+    for warps, stages in ((4, 5), (2, 5), (1, 5), (4, 4), (8, 4)):
+        for size in (warps * 2**i for i in range(10)):
+            if size < 2 * pages and fewest <= programs * -(-pages // size) * warps <= 20 * processors:
+                found.append({"pages_per_split": size, "num_warps": warps, "num_stages": stages})
+    return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -161,12 +176,14 @@ def _numbers(pair):
 
 
 @triton.jit
-def _by_field(p, FIELDS: tl.constexpr, R: tl.constexpr):
-    """Weights of a page ``[64, R]`` by the field of a value's word that holds the token: FIELDS of ``[64/FIELDS, R]``."""
-    fields = p.reshape(2, 32, R).permute(1, 2, 0).split()
+def _by_field(p, FIELDS: tl.constexpr):
+    """Weights ``[P, 64, R]`` by the field of a value's word that holds the token: FIELDS of ``[P, 64/FIELDS, R]``."""
+    P: tl.constexpr = p.shape[0]
+    R: tl.constexpr = p.shape[2]
+    fields = p.reshape(P, 2, 32, R).permute(0, 2, 3, 1).split()
     if FIELDS == 4:
-        p0, p1 = fields[0].reshape(2, 16, R).permute(1, 2, 0).split()
-        p2, p3 = fields[1].reshape(2, 16, R).permute(1, 2, 0).split()
+        p0, p1 = fields[0].reshape(P, 2, 16, R).permute(0, 2, 3, 1).split()
+        p2, p3 = fields[1].reshape(P, 2, 16, R).permute(0, 2, 3, 1).split()
         fields = (p0, p1, p2, p3)
     return fields
 
@@ -175,10 +192,13 @@ def _by_field(p, FIELDS: tl.constexpr, R: tl.constexpr):
 def _split_kernel(
     p_query, p_key_codes, p_key_numbers, p_value_codes, p_value_numbers, p_table, p_lengths, p_y, p_partial, p_state,
     scaling, heads, table_width, pages_per_split,
-    ROWS: tl.constexpr, NEW: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, NEW: tl.constexpr, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One split of one head of one sequence, for R of the ROWS = group * NEW queries that share the head."""
+    """One split of one head of one sequence, for R of the ROWS = group * NEW queries that share the head.
+
+    P pages at a time, one a warp: the products are batches of P, and the warps meet only behind the last page.
+    """
     FK: tl.constexpr = 4 if KEY == "kv4" else 2  # fields of a word
     FV: tl.constexpr = 4 if VALUE == "kv4" else 2
     W: tl.constexpr = D // FK  # words of a key
@@ -188,6 +208,8 @@ def _split_kernel(
     LIFT_V: tl.constexpr = 4.0 if VALUE == "kv4" else 0.0  # the same as a power of two
     UNIT_K: tl.constexpr = 256.0 if KEY == "fp8" else 16777216.0  # what a field is multiplied by to be its code
     UNIT_V: tl.constexpr = 256.0 if VALUE == "fp8" else 16777216.0
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the sum's programs may take their places and wait there
     # 1. Place.
     place = tl.program_id(0)  # sequence * heads + head
     head = place % heads
@@ -197,94 +219,105 @@ def _split_kernel(
     last = tl.minimum(first + pages_per_split, tl.cdiv(length, 64))
     if not WHOLE and first >= last:
         return
+    o_p = tl.arange(0, P)
     o_r = tl.program_id(2) * R + tl.arange(0, R)
     m_r = o_r < ROWS
     # 2. Queries as columns, scaled by a power of two so that the largest lies in 2^8 .. 2^9 and float16 holds all exactly.
     o_w = tl.arange(0, W2)
-    m_q = (o_w < W)[:, None] & m_r[None, :]
-    p_q = p_query + (place.to(tl.int64) * ROWS + o_r)[None, :] * D + o_w[:, None]
-    x0 = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32)  # [W, R]
+    m_q = (o_w < W)[None, :, None] & m_r[None, None, :]
+    p_q = p_query + (place.to(tl.int64) * ROWS + o_r)[None, None, :] * D + o_w[None, :, None] + o_p[:, None, None] * 0
+    x0 = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32)  # [P, W, R], the same for each page
     x1 = tl.load(p_q + W, mask=m_q, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.abs(x0), tl.abs(x1))
-    total = tl.sum(x0 + x1, 0)
+    total = tl.sum(x0 + x1, 1)
     if FK == 4:
         x2 = tl.load(p_q + 2 * W, mask=m_q, other=0.0).to(tl.float32)
         x3 = tl.load(p_q + 3 * W, mask=m_q, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.maximum(tl.abs(x2), tl.abs(x3)))
-        total += tl.sum(x2 + x3, 0)
-    exponent = tl.max(tl.max(largest, 1), 0).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 20), 250)
+        total += tl.sum(x2 + x3, 1)
+    exponent = tl.max(tl.max(largest, 1), 1).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 20), 250)  # [P]
     up = ((262 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^(262 - 127 - exponent)
     down = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
-    q = ((x0 * up).to(tl.float16), (x1 * (up / LIFT_K)).to(tl.float16))
+    even = up[:, None, None]
+    q = ((x0 * even).to(tl.float16), (x1 * (even / LIFT_K)).to(tl.float16))
     if FK == 4:
-        q = (q[0], q[1], (x2 * up).to(tl.float16), (x3 * (up / LIFT_K)).to(tl.float16))
-    total = total * (up / UNIT_K)
-    scaling = scaling * 1.4426950408889634 * down * UNIT_K  # scores are exponents of 2 from here on
+        q = (q[0], q[1], (x2 * even).to(tl.float16), (x3 * (even / LIFT_K)).to(tl.float16))
+    total = total * (up / UNIT_K)[:, None]
+    scaling = scaling * 1.4426950408889634 * UNIT_K * down[:, None]  # scores are exponents of 2 from here on
     # 3. Pages: scores, running maximum m and denominator l, weights times codes, weights times zero points.
     o_t = tl.arange(0, 64)
     o_d = tl.arange(0, D2)
     o_j = tl.arange(0, J)
-    odd = (o_t // J % 2).to(tl.float32) * LIFT_V
+    odd = ((o_t // J % 2).to(tl.float32) * LIFT_V)[None, :]
     seen = length - NEW + o_r % NEW  # last token that a query reads
-    m = tl.full([R], float("-inf"), tl.float32)
-    l = tl.zeros([R], tl.float32)  # noqa: E741
-    offset = tl.zeros([R], tl.float32)
-    y = tl.zeros([D2, R], tl.float32)
-    for i in range(first, last):
-        page = tl.load(p_table + sequence * table_width + i).to(tl.int64) * heads + head
-        token = i * 64 + o_t
-        key_numbers = tl.load(p_key_numbers + page * 64 + o_t, mask=token < length, other=0)  # [64]
-        value_numbers = tl.load(p_value_numbers + page * 64 + o_t, mask=token < length, other=0)
-        key_words = tl.load(  # [64, W]
-            p_key_codes + page * (64 * W) + o_t[:, None] * W + o_w[None, :], mask=(o_w < W)[None, :], other=0
-        )
-        value_words = tl.load(  # [D, J]
-            p_value_codes + page * (D * J) + o_d[:, None] * J + o_j[None, :], mask=(o_d < D)[:, None], other=0
-        )
+    m = tl.full([P, R], -1e30, tl.float32)  # finite: a page that a query may not read leaves it as it is
+    l = tl.zeros([P, R], tl.float32)  # noqa: E741
+    offset = tl.zeros([P, R], tl.float32)
+    y = tl.zeros([P, D2, R], tl.float32)
+    for i in range(first, last, P):
+        m_p = i + o_p < last
+        page = tl.load(p_table + sequence * table_width + i + o_p, mask=m_p, other=0).to(tl.int64) * heads + head
+        token = (i + o_p)[:, None] * 64 + o_t[None, :]
+        o_n = page[:, None] * 64 + o_t[None, :]
+        key_numbers = tl.load(p_key_numbers + o_n, mask=token < length, other=0)  # [P, 64]
+        value_numbers = tl.load(p_value_numbers + o_n, mask=token < length, other=0)
+        o_k = page[:, None, None] * (64 * W) + o_t[None, :, None] * W + o_w[None, None, :]
+        key_words = tl.load(
+            p_key_codes + o_k, mask=m_p[:, None, None] & (o_w < W)[None, None, :], other=0
+        )  # [P, 64, W]
+        o_v = page[:, None, None] * (D * J) + o_d[None, :, None] * J + o_j[None, None, :]
+        value_words = tl.load(
+            p_value_codes + o_v, mask=m_p[:, None, None] & (o_d < D)[None, :, None], other=0
+        )  # [P, D, J]
         k = _fields(key_words, KEY)
-        s = tl.zeros([64, R], tl.float32)
+        s = tl.zeros([P, 64, R], tl.float32)
         for n in tl.static_range(FK):
             s = tl.dot(k[n], q[n], s)
         scale, zero = _numbers(key_numbers)
         if KEY != "fp8":
-            s = s - zero[:, None] * total[None, :]
+            s = s - zero[:, :, None] * total[:, None, :]
         value_scale, value_zero = _numbers(value_numbers)
         bias = _log2(value_scale) - odd  # -inf for tokens beyond the last
-        s = s * (scale * scaling)[:, None] + bias[:, None]
+        s = s * (scale * scaling)[:, :, None] + bias[:, :, None]
         if NEW > 1:
-            s = tl.where(token[:, None] <= seen[None, :], s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 0))
-        safe = tl.where(top == float("-inf"), 0.0, top) if NEW > 1 else top
-        shrink = _exp2(m - safe)
-        p = _exp2(s - safe[None, :])  # weights times value scales, at most 1
-        l = l * shrink + tl.sum(p * _exp2(tl.minimum(-bias, 100.0))[:, None], 0)  # noqa: E741
+            s = tl.where(token[:, :, None] <= seen[None, None, :], s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        shrink = _exp2(m - top)
+        p = _exp2(s - top[:, None, :]).to(tl.float16)  # weights times value scales, at most 1
+        rounded = p.to(tl.float32)  # the same weights everywhere: what rounding moves is moved in all three sums
+        l = l * shrink + tl.sum(rounded * _exp2(tl.minimum(-bias, 100.0))[:, :, None], 1)  # noqa: E741
         if VALUE != "fp8":
-            offset = offset * shrink + tl.sum(p * (value_zero * _exp2(odd))[:, None], 0)
+            offset = offset * shrink + tl.sum(rounded * (value_zero * _exp2(odd))[:, :, None], 1)
         m = top
-        y = y * shrink[None, :]
-        weights = _by_field(p.to(tl.float16), FV, R)
+        y = y * shrink[:, None, :]
+        weights = _by_field(p, FV)
         v = _fields(value_words, VALUE)
         for n in tl.static_range(FV):
             y = tl.dot(v[n], weights[n], y)
-    # 4. Store the result, or this split's share of it.
-    y = y * UNIT_V - offset[None, :]
+    # 4. The warps' results as one, as the splits' below.
+    y = y * UNIT_V - offset[:, None, :]
+    top = tl.max(m, 0)
+    shrink = _exp2(m - top[None, :])
+    l = tl.sum(l * shrink, 0)  # noqa: E741
+    y = tl.sum(y * shrink[:, None, :], 0)  # [D, R]
+    # 5. Store the result, or this split's share of it.
     m_y = (o_d < D)[:, None] & m_r[None, :]
     if WHOLE:
-        y = tl.where(l[None, :] == 0.0, 0.0, y / l[None, :])
+        y = y / tl.where(l == 0.0, 1.0, l)[None, :]  # no token read: 0
         p_out = p_y + (place.to(tl.int64) * ROWS + o_r)[None, :] * D + o_d[:, None]
         tl.store(p_out, to_dtype(y, p_y.dtype.element_ty), mask=m_y)
     else:
         row = (place.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROWS + o_r
         tl.store(p_partial + row[None, :] * D + o_d[:, None], y, mask=m_y)
-        tl.store(p_state + row * 2, m, mask=m_r)
+        tl.store(p_state + row * 2, top, mask=m_r)
         tl.store(p_state + row * 2 + 1, l, mask=m_r)
 
 
 @triton.jit(do_not_specialize=["heads", "splits", "pages_per_split"])
 def _sum_kernel(
     p_y, p_partial, p_state, p_lengths, heads, splits, pages_per_split,
-    ROWS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Add the shares of all splits of one query, SPLITS at a time, in order."""
     place = tl.program_id(0) // ROWS
@@ -292,24 +325,25 @@ def _sum_kernel(
     used = tl.cdiv(tl.cdiv(length, 64), pages_per_split)
     o_s = tl.arange(0, SPLITS)
     o_d = tl.arange(0, D2)
-    m = float("-inf")
+    m = -1e30
     l = 0.0  # noqa: E741
     y = tl.zeros([D2], tl.float32)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()  # all shares are there
     for first in range(0, used, SPLITS):
         m_s = first + o_s < used
         row = (place.to(tl.int64) * splits + first + o_s) * ROWS + tl.program_id(0) % ROWS  # [SPLITS]
-        m_split = tl.load(p_state + row * 2, mask=m_s, other=float("-inf"))
+        m_split = tl.load(p_state + row * 2, mask=m_s, other=-1e30)
         l_split = tl.load(p_state + row * 2 + 1, mask=m_s, other=0.0)
         p = p_partial + row[:, None] * D + o_d[None, :]
         share = tl.load(p, mask=m_s[:, None] & (o_d < D)[None, :], other=0.0)  # [SPLITS, D]
         top = tl.maximum(m, tl.max(m_split, 0))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        shrink = tl.exp2(m - safe)
-        weight = tl.exp2(m_split - safe)
+        shrink = tl.exp2(m - top)
+        weight = tl.exp2(m_split - top)
         l = l * shrink + tl.sum(weight * l_split, 0)  # noqa: E741
         y = y * shrink + tl.sum(weight[:, None] * share, 0)
         m = top
-    y = tl.where(l == 0.0, 0.0, y / l)
+    y = y / tl.where(l == 0.0, 1.0, l)
     tl.store(p_y + tl.program_id(0).to(tl.int64) * D + o_d, to_dtype(y, p_y.dtype.element_ty), mask=o_d < D)
 
 
@@ -338,7 +372,8 @@ def kv_attention(
             tokens the result is 0.
         scaling: of the scores; ``None`` is ``D ** -0.5``.
         longest: what no length exceeds, for a better split; ``None`` is what the table has room for.
-        config: pages_per_split, num_warps and num_stages; ``None`` takes the measured or default ones.
+        config: pages_per_split, num_warps (that many pages are read at a time) and num_stages; ``None`` takes the measured
+            or default ones.
 
     Returns:
         ``[batch, heads, new, D]`` in the dtype of ``query``; the same bits at every call.
@@ -370,7 +405,8 @@ def kv_attention(
             f"kv_attention/{keys.kind}", batch * kv_heads * blocks, PAGE * pages, size, gpu=target.name
         )
     if config is None:
-        config = default_config(batch * kv_heads * blocks, pages, processors=target.processors)
+        page_bytes = bytes_moved(PAGE, 1, size, keys.kind, values.kind)
+        config = default_config(batch * kv_heads * blocks, pages, processors=target.processors, page_bytes=page_bytes)
     per_split = config["pages_per_split"]
     splits = -(-pages // per_split)
     whole = splits == 1
@@ -380,16 +416,20 @@ def kv_attention(
     state = y if whole else torch.empty(batch * kv_heads, splits, rows, 2, dtype=torch.float32, device=query.device)
     if not query.numel():
         return y
-    common = {"ROWS": rows, "D": size, "D2": triton.next_power_of_2(size)}
+    dependent = (
+        not whole and not INTERPRET.value and target.capability >= (9, 0)
+    )  # the sum is launched while splits still run
+    common = {"ROWS": rows, "D": size, "D2": triton.next_power_of_2(size), "DEPENDENT": dependent}
     _split_kernel[(batch * kv_heads, splits, blocks)](
         query, keys.codes, keys.numbers.view(torch.int32), values.codes, values.numbers.view(torch.int32), table, lengths,
         y, partial, state, size**-0.5 if scaling is None else scaling, kv_heads, table.shape[1], per_split,
-        NEW=new, R=columns, KEY=keys.kind, VALUE=values.kind, WHOLE=whole,
+        NEW=new, R=columns, P=config["num_warps"], KEY=keys.kind, VALUE=values.kind, WHOLE=whole,
         num_warps=config["num_warps"], num_stages=config["num_stages"], **common,
     )  # fmt: skip
     if not whole:
         _sum_kernel[(batch * kv_heads * rows,)](
             y, partial, state, lengths, kv_heads, splits, per_split,
             SPLITS=min(32, triton.next_power_of_2(splits)), num_warps=4, **common,
+            **({"launch_pdl": True} if dependent else {}),
         )  # fmt: skip
     return y

@@ -149,7 +149,7 @@ def kv_append_reference(
     scales = options.pop("scales", None)
     for index, (role, x, pages) in enumerate((("key", key, keys), ("value", value, values))):
         all_codes = page_codes(pages, role)
-        scale = None if scales is None else scales[index][None, :, None, None]
+        scale = None if scales is None else scales[index].view(1, -1, 1, 1).expand(*x.shape[:3], 1)
         codes, numbers = quantize_reference(x, pages.kind, scale=scale, **options)
         for seq, length in enumerate(lengths.tolist()):
             for new in range(max(0, x.shape[2] - length), x.shape[2]):
@@ -235,71 +235,92 @@ def _pair(s, z):
     return (low | (high << 16)).to(tl.int32, bitcast=True)
 
 
+@triton.jit
+def _append_keys(
+    p_key, p_codes, p_numbers, p_scale, row, slot, m_new, clip_ratio,
+    D: tl.constexpr, D2: tl.constexpr, KIND: tl.constexpr, INTEGER: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """Quantize the tokens of a program, put the fields of a word together, store."""
+    FIELDS: tl.constexpr = 4 if KIND == "kv4" else 2
+    W: tl.constexpr = D // FIELDS  # words of a key
+    o_f = tl.arange(0, FIELDS)
+    o_w = tl.arange(0, D2 // FIELDS)
+    o_x = row[:, None, None] + o_f[None, :, None] * W + o_w[None, None, :]
+    m_x = m_new[:, None, None] & (o_w < W)[None, None, :]
+    x = tl.load(p_key + o_x, mask=m_x, other=0.0).to(tl.float32)  # [TOKENS, FIELDS, W]
+    low = tl.minimum(tl.min(tl.min(x, 2), 1), 0.0)  # [TOKENS]
+    high = tl.maximum(tl.max(tl.max(x, 2), 1), 0.0)
+    s, z = _numbers(low, high, p_scale, clip_ratio, KIND, INTEGER, FIXED)
+    codes = _codes(x, s[:, None, None], z[:, None, None], KIND)
+    words = tl.sum(codes << (o_f * (16 // FIELDS))[None, :, None], 1)  # [TOKENS, W], fields do not overlap
+    tl.store(p_codes + slot[:, None] * W + o_w[None, :], words.to(tl.int16), mask=m_new[:, None] & (o_w < W)[None, :])
+    tl.store(p_numbers + slot, _pair(s, z), mask=m_new)
+
+
+@triton.jit
+def _append_values(
+    p_value, p_words, p_numbers, p_scale, row, slot, field, m_new, clip_ratio,
+    D: tl.constexpr, D2: tl.constexpr, KIND: tl.constexpr, INTEGER: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """The same for values; the fields of a word are tokens, and those that are not new stay."""
+    BITS: tl.constexpr = 4 if KIND == "kv4" else 8
+    o_d = tl.arange(0, D2)
+    m_d = o_d < D
+    old = tl.load(p_words + o_d * (4 * BITS), mask=m_d, other=0).to(tl.int32)
+    x = tl.load(p_value + row[:, None] + o_d[None, :], mask=m_new[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    low = tl.minimum(tl.min(x, 1), 0.0)  # [TOKENS]
+    high = tl.maximum(tl.max(x, 1), 0.0)
+    s, z = _numbers(low, high, p_scale, clip_ratio, KIND, INTEGER, FIXED)
+    codes = _codes(x, s[:, None], z[:, None], KIND)
+    words = tl.sum(tl.where(m_new[:, None], codes << (field * BITS)[:, None], 0), 0)  # [D]
+    fresh = tl.sum(tl.where(m_new, ((1 << BITS) - 1) << (field * BITS), 0), 0)  # bits of the new fields
+    tl.store(p_words + o_d * (4 * BITS), ((old & ~fresh) | words).to(tl.int16), mask=m_d)
+    tl.store(p_numbers + slot, _pair(s, z), mask=m_new)
+
+
 @triton.jit(do_not_specialize=["heads", "new", "table_width"])
 def _append_kernel(
     p_key, p_value, p_key_codes, p_key_numbers, p_value_codes, p_value_numbers, p_table, p_lengths,
     p_key_scale, p_value_scale, clip_ratio, heads, new, table_width,
     D: tl.constexpr, D2: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, INTEGER: tl.constexpr, FIXED: tl.constexpr,
-    WHOLE: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one column of words of the values of one page and head, and the keys of the same tokens.
+    """A program owns one column of words of the values of one page and head, or the keys of the same tokens.
 
     No two programs write to a word, so several tokens of one page are appended without a race.
     """
-    FK: tl.constexpr = 4 if KEY == "kv4" else 2  # fields of a word
-    FV: tl.constexpr = 4 if VALUE == "kv4" else 2
-    BITS_K: tl.constexpr = 16 // FK
-    BITS_V: tl.constexpr = 16 // FV
-    COLUMNS: tl.constexpr = 64 // FV
-    W: tl.constexpr = D // FK  # words of a key
-    # 1. Place: column j of a page holds tokens j, j + 64/FV, ...; those at start .. length are new.
+    FIELDS: tl.constexpr = 4 if VALUE == "kv4" else 2
+    COLUMNS: tl.constexpr = 64 // FIELDS
+    # Column j of a page holds tokens j, j + 64/FIELDS, ...; those at start .. length are new.
     sequence = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     length = tl.load(p_lengths + sequence)
     start = length - new
-    column = tl.program_id(1)
-    if WHOLE:  # all columns of every page that is touched
-        base = (tl.maximum(start, 0) // 64) * 64 + column // COLUMNS * 64
-        column = column % COLUMNS
-    else:  # the column of one token
-        base = (start + column) // 64 * 64
-        column = (start + column) % COLUMNS
-    o_f = tl.arange(0, FV)
-    token = base + column + o_f * COLUMNS  # [FV]
+    if ONE:  # few are new, no two of them in one column: one token a program
+        column = (start + tl.program_id(1)) % COLUMNS
+        page = (start + tl.program_id(1)) // 64
+        field = tl.arange(0, 1) + (start + tl.program_id(1)) % 64 // COLUMNS
+    else:  # all columns of every page that is touched
+        column = tl.program_id(1) % COLUMNS
+        page = tl.maximum(start, 0) // 64 + tl.program_id(1) // COLUMNS
+        field = tl.arange(0, FIELDS)
+    token = page * 64 + column + field * COLUMNS  # [TOKENS]
     m_new = (token >= tl.maximum(start, 0)) & (token < length)
     if tl.max(m_new.to(tl.int32), 0) == 0:
         return
-    page = tl.load(p_table + sequence * table_width + base // 64).to(tl.int64) * heads + head
+    page = tl.load(p_table + sequence * table_width + page).to(tl.int64) * heads + head
     row = (tl.program_id(0).to(tl.int64) * new + token - start) * D
     slot = page * 64 + token % 64
-    # 2. Keys: quantize, put the fields of a word together, store.
-    o_k = tl.arange(0, FK)
-    o_w = tl.arange(0, D2 // FK)
-    o_key = row[:, None, None] + o_k[None, :, None] * W + o_w[None, None, :]
-    m_w = m_new[:, None, None] & (o_w < W)[None, None, :]
-    x = tl.load(p_key + o_key, mask=m_w, other=0.0).to(tl.float32)  # [FV, FK, W]
-    low = tl.minimum(tl.min(tl.min(x, 2), 1), 0.0)  # [FV]
-    high = tl.maximum(tl.max(tl.max(x, 2), 1), 0.0)
-    s, z = _numbers(low, high, p_key_scale + head, clip_ratio, KEY, INTEGER, FIXED)
-    codes = _codes(x, s[:, None, None], z[:, None, None], KEY)
-    words = tl.sum(codes << (o_k * BITS_K)[None, :, None], 1)  # [FV, W], fields do not overlap
-    m_k = m_new[:, None] & (o_w < W)[None, :]
-    tl.store(p_key_codes + slot[:, None] * W + o_w[None, :], words.to(tl.int16), mask=m_k)
-    tl.store(p_key_numbers + slot, _pair(s, z), mask=m_new)
-    # 3. Values: the same, but the fields of a word are tokens, and those that are not new stay.
-    o_d = tl.arange(0, D2)
-    m_d = o_d < D
-    x = tl.load(p_value + row[:, None] + o_d[None, :], mask=m_new[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-    low = tl.minimum(tl.min(x, 1), 0.0)
-    high = tl.maximum(tl.max(x, 1), 0.0)
-    s, z = _numbers(low, high, p_value_scale + head, clip_ratio, VALUE, INTEGER, FIXED)
-    codes = _codes(x, s[:, None], z[:, None], VALUE)
-    words = tl.sum(tl.where(m_new[:, None], codes << (o_f * BITS_V)[:, None], 0), 0)  # [D]
-    fresh = tl.sum(tl.where(m_new, ((1 << BITS_V) - 1) << (o_f * BITS_V), 0), 0)  # bits of the new fields
-    p_words = p_value_codes + page * (D * COLUMNS) + o_d * COLUMNS + column
-    old = tl.load(p_words, mask=m_d, other=0).to(tl.int32)
-    tl.store(p_words, ((old & ~fresh) | words).to(tl.int16), mask=m_d)
-    tl.store(p_value_numbers + slot, _pair(s, z), mask=m_new)
+    if tl.program_id(2) == 0:
+        _append_keys(
+            p_key, p_key_codes, p_key_numbers, p_key_scale + head, row, slot, m_new, clip_ratio, D, D2, KEY, INTEGER, FIXED
+        )  # fmt: skip
+    else:
+        p_words = p_value_codes + page * (D * COLUMNS) + column
+        _append_values(
+            p_value, p_words, p_value_numbers, p_value_scale + head, row, slot, field, m_new, clip_ratio,
+            D, D2, VALUE, INTEGER, FIXED,
+        )  # fmt: skip
 
 
 def kv_append(
@@ -353,9 +374,9 @@ def kv_append(
     whole = new > columns
     tiles = (new + 2 * PAGE - 2) // PAGE * columns if whole else new
     key_scale, value_scale = (keys.numbers, values.numbers) if scales is None else scales
-    _append_kernel[(batch * kv_heads, tiles)](
+    _append_kernel[(batch * kv_heads, tiles, 2)](
         key, value, keys.codes, keys.numbers.view(torch.int32), values.codes, values.numbers.view(torch.int32), table, lengths,
         key_scale, value_scale, clip_ratio, kv_heads, new, table.shape[1],
         D=head_dim, D2=triton.next_power_of_2(head_dim), KEY=keys.kind, VALUE=values.kind, INTEGER=zero_point == "integer",
-        FIXED=scales is not None, WHOLE=whole, num_warps=1,
+        FIXED=scales is not None, ONE=not whole, num_warps=1,
     )  # fmt: skip

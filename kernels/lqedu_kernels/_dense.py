@@ -3,7 +3,10 @@
 Pure functions of the shape and the GPU. The rules come from measurements on an H100 (``bench/notes/w8a8.md``).
 """
 
+from collections.abc import Callable
+
 from lqedu_kernels._tensors import Target
+from lqedu_kernels.tuning import Config, configuration
 
 
 def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str]:
@@ -27,6 +30,8 @@ def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | st
         warps, stages = (4, 8) if block_m == 64 else (8, 4)
         return tiles_config(block_m, block_n, 128, warps, stages)
     block_m = next(size for size in (16, 32, 64) if m <= size or size == 64)
+    if k % 16:  # rows that start anywhere are loaded byte by byte: a small tile, for what is seldom and slow
+        return split_config(16, 64, 64, 4, 2, splits_for(m, n, k, 16, 64, target))
     block_n, block_k, warps, stages = (128, 128, 8, 4) if m > 64 else (64, 256, 4, 4 if block_m < 64 else 3)
     return split_config(block_m, block_n, block_k, warps, stages, splits_for(m, n, k, block_m, block_n, target))
 
@@ -55,14 +60,23 @@ def search_space(m: int, n: int, k: int, target: Target) -> list[dict[str, int |
     return space
 
 
-def split_config(block_m: int, block_n: int, block_k: int, warps: int, stages: int, splits: int) -> dict[str, int | str]:
+def split_config(
+    block_m: int, block_n: int, block_k: int, warps: int, stages: int, splits: int
+) -> dict[str, int | str]:
     return dict(
         kernel="split", block_m=block_m, block_n=block_n, block_k=block_k, warps=warps, stages=stages, group_m=8, splits=splits
     )  # fmt: skip
 
 
 def tiles_config(
-    block_m: int, block_n: int, block_k: int, warps: int, stages: int, *, group_m: int = 8, per_processor: int = 1,
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    warps: int,
+    stages: int,
+    *,
+    group_m: int = 8,
+    per_processor: int = 1,
     flatten: bool = True,
 ) -> dict[str, int | str]:
     return dict(
@@ -87,3 +101,14 @@ def splits_for(m: int, n: int, k: int, block_m: int, block_n: int, target: Targe
 def has_descriptors(n: int, k: int, target: Target) -> bool:
     """TMA is there, and walks over matrices of these sizes: their rows are multiples of 16 bytes."""
     return target.capability >= (9, 0) and k % 16 == 0 and n % 8 == 0
+
+
+def choose(
+    config: Config | None, operation: str, m: int, n: int, k: int, target: Target, default: Callable[..., Config]
+) -> Config:
+    """The configuration asked for, else the one measured on this GPU, else the default, where it can run at this size."""
+    if config is None and k % 16 == 0:
+        config = configuration(operation, m, n, k, gpu=target.name)
+    if config is None or (config["kernel"] != "split" and not has_descriptors(n, k, target)):
+        return default(m, n, k, target)
+    return config

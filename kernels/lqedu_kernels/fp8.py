@@ -17,7 +17,7 @@ float32 addition of the bias, one rounding to the dtype of y.
 Bytes: M·K + N·K + 2·M·N and the scales. Operations: 2·M·N·K, and 2·M·N·K/128 outside the tensor cores for blocks.
 """
 
-from collections.abc import Mapping
+import functools
 
 import torch
 import triton
@@ -29,7 +29,7 @@ from lqedu_kernels import _dense
 from lqedu_kernels._numerics import to_dtype
 from lqedu_kernels._schedule import COUNTERS, after_previous, counters, grouped_tile, overlapped, sum_of_parts
 from lqedu_kernels._tensors import Target, check_tensor, target_of
-from lqedu_kernels.tuning import configuration
+from lqedu_kernels.tuning import Config
 
 #: Inputs, and outputs of a weight, that share a scale.
 BLOCK = 128
@@ -92,8 +92,8 @@ def default_config(m: int, n: int, k: int, target: Target, *, blocks: bool = Fal
         return c
     if c["kernel"] == "tiles":
         return _dense.tiles_config(64, BLOCK, BLOCK, 4, 4, per_processor=2, flatten=False)
-    block_m = min(c["block_m"], 32)
-    return _dense.split_config(block_m, 64, BLOCK, 4, 6, _dense.splits_for(m, n, k, block_m, 64, target))
+    block_m, stages = (min(c["block_m"], 32), 6) if k % 16 == 0 else (16, 2)
+    return _dense.split_config(block_m, 64, BLOCK, 4, stages, _dense.splits_for(m, n, k, block_m, 64, target))
 
 
 def search_space(m: int, n: int, k: int, target: Target, *, blocks: bool = False) -> list[dict[str, int | str]]:
@@ -107,7 +107,14 @@ def search_space(m: int, n: int, k: int, target: Target, *, blocks: bool = False
         for splits in sorted({1, most}):
             space.append(_dense.split_config(block_m, block_n, BLOCK, warps, stages, splits))
     if m > 16 and _dense.has_descriptors(n, k, target):
-        shapes = ((64, 128, 4, 6, 1), (64, 128, 4, 4, 2), (64, 128, 4, 3, 2), (64, 64, 4, 8, 1), (64, 64, 4, 6, 2), (128, 128, 8, 4, 1))
+        shapes = (
+            (64, 128, 4, 6, 1),
+            (64, 128, 4, 4, 2),
+            (64, 128, 4, 3, 2),
+            (64, 64, 4, 8, 1),
+            (64, 64, 4, 6, 2),
+            (128, 128, 8, 4, 1),
+        )
         for block_m, block_n, warps, stages, programs in shapes:
             for flatten in (False, True):
                 space.append(
@@ -238,7 +245,7 @@ def fp8_matmul(
     *,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float16,
-    config: Mapping[str, int | str] | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """``y = s_x s_w (q_x q_w^T) + b``, with scales inside the sum where they are of blocks.
 
@@ -267,12 +274,12 @@ def fp8_matmul(
     by_block = _by_block(w_scale, n, k)
     blocks = by_block or x_scale.shape[1] > 1
     operation = "fp8/block" if blocks else "fp8/token" if x_scale.numel() + w_scale.numel() > 2 else "fp8/tensor"
-    c = config or configuration(operation, m, n, k, gpu=target.name) or default_config(m, n, k, target, blocks=blocks)
-    if c["kernel"] == "tiles" and not _dense.has_descriptors(n, k, target):
-        c = default_config(m, n, k, target, blocks=blocks)
+    c = _dense.choose(config, operation, m, n, k, target, functools.partial(default_config, blocks=blocks))
     block_m, block_n, block_k = c["block_m"], c["block_n"], c["block_k"]
     if blocks and (block_k != BLOCK or block_n > BLOCK):
-        raise ValueError(f"config has block_k {block_k}, block_n {block_n}, but blocks of 128 need 128, and at most 128")
+        raise ValueError(
+            f"config has block_k {block_k}, block_n {block_n}, but blocks of 128 need 128, and at most 128"
+        )
     tiles = _dense.tiles_of(m, n, block_m, block_n)
     scales = (x_scale, None if by_block else w_scale, w_scale if by_block else None, bias)
     x_strides = (x_scale.shape[1] if x_scale.shape[0] > 1 else 0, int(x_scale.shape[1] > 1))
@@ -283,7 +290,9 @@ def fp8_matmul(
     )  # fmt: skip
     if c["kernel"] == "split":
         splits = c["splits"] if tiles <= COUNTERS else 1
-        parts = torch.empty((tiles, splits, block_n, block_m), dtype=torch.float32, device=y.device) if splits > 1 else None
+        parts = (
+            torch.empty((tiles, splits, block_n, block_m), dtype=torch.float32, device=y.device) if splits > 1 else None
+        )
         count = counters(y.device) if splits > 1 else None
         _split_kernel[(tiles * splits,)](x_codes, w_codes, y, *scales, parts, count, *sizes, **options, SPLITS=splits)
         return y
@@ -297,7 +306,9 @@ def fp8_matmul(
 
 def _check(x_codes, x_scale, w_codes, w_scale, bias, dtype) -> Target:
     e4m3, device = torch.float8_e4m3fn, getattr(x_codes, "device", None)
-    check_tensor("x_codes", x_codes, dtype=e4m3, shape=(None, None), device=device, what="codes: .view(torch.float8_e4m3fn)")
+    check_tensor(
+        "x_codes", x_codes, dtype=e4m3, shape=(None, None), device=device, what="codes: .view(torch.float8_e4m3fn)"
+    )
     target = target_of(x_codes, "x_codes")
     if target.capability < (8, 9):
         raise ValueError(

@@ -16,19 +16,17 @@ Bytes: M·K + N·K + 2·M·N and the scales. Operations: 2·M·N·K. Two kernels
 by pointers and can split K; one for many tokens keeps the tensor cores of Hopper busy with loads through descriptors.
 """
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lqedu_kernels._dense import default_config, has_descriptors, search_space, tiles_of
+from lqedu_kernels._dense import choose, default_config, search_space, tiles_of
 from lqedu_kernels._numerics import to_dtype
 from lqedu_kernels._schedule import COUNTERS, after_previous, counters, grouped_tile, overlapped, sum_of_parts
 from lqedu_kernels._tensors import Target, check_tensor, target_of
-from lqedu_kernels.tuning import configuration
+from lqedu_kernels.tuning import Config
 
 __all__ = [
     "bytes_moved", "default_config", "operations", "row_sums", "search_space", "w8a8_matmul", "w8a8_reference",
@@ -187,7 +185,7 @@ def w8a8_matmul(
     w_sum: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float16,
-    config: Mapping[str, int | str] | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """``y = s_x s_w (q_x q_w^T - z_x Σ q_w) + b``, the sums in exact int32.
 
@@ -213,9 +211,7 @@ def w8a8_matmul(
     y = torch.empty((m, n), dtype=dtype, device=x_codes.device)
     if m == 0:
         return y
-    c = config or configuration("w8a8", m, n, k, gpu=target.name) or default_config(m, n, k, target)
-    if c["kernel"] == "tiles" and not has_descriptors(n, k, target):
-        c = default_config(m, n, k, target)
+    c = choose(config, "w8a8", m, n, k, target, default_config)
     block_m, block_n, block_k = c["block_m"], c["block_n"], c["block_k"]
     tiles = tiles_of(m, n, block_m, block_n)
     scales = (x_scale, w_scale, x_zero, w_sum if x_zero is not None else None, bias)
@@ -226,7 +222,9 @@ def w8a8_matmul(
     )  # fmt: skip
     if c["kernel"] == "split":
         splits = c["splits"] if tiles <= COUNTERS else 1
-        parts = torch.empty((tiles, splits, block_n, block_m), dtype=torch.int32, device=y.device) if splits > 1 else None
+        parts = (
+            torch.empty((tiles, splits, block_n, block_m), dtype=torch.int32, device=y.device) if splits > 1 else None
+        )
         count = counters(y.device) if splits > 1 else None
         _split_kernel[(tiles * splits,)](x_codes, w_codes, y, *scales, parts, count, *sizes, **options, SPLITS=splits)
         return y
@@ -245,13 +243,17 @@ def _check(x_codes, x_scale, w_codes, w_scale, x_zero, w_sum, bias, dtype) -> Ta
     check_tensor("w_codes", w_codes, dtype=torch.int8, shape=(None, k), device=device, what="[N, K], K as x_codes")
     n = w_codes.shape[0]
     if not 0 < k < 1 << 16 or n == 0:
-        raise ValueError(f"w_codes has shape {[n, k]}, but N must be at least 1 and K from 1 to 65535: int32 sums overflow beyond")
+        raise ValueError(
+            f"w_codes has shape {[n, k]}, but N must be at least 1 and K from 1 to 65535: int32 sums overflow beyond"
+        )
     _check_scale("x_scale", x_scale, m, torch.float32, device, "one a token, or one")
     _check_scale("w_scale", w_scale, n, _FLOATS, device, "one an output, or one")
     if x_zero is not None:
         check_tensor("x_zero", x_zero, dtype=(torch.int32, torch.float32), shape=(m, 1), device=device)
         if w_sum is None:
-            raise ValueError("x_zero needs the sums of the weight's rows too: pass w_sum=row_sums(w_codes), computed once")
+            raise ValueError(
+                "x_zero needs the sums of the weight's rows too: pass w_sum=row_sums(w_codes), computed once"
+            )
         check_tensor("w_sum", w_sum, dtype=torch.int32, shape=(n,), device=device, what="row_sums(w_codes)")
     if bias is not None:
         check_tensor("bias", bias, dtype=_FLOATS, shape=(n,), device=device)

@@ -12,7 +12,9 @@ from lqedu_kernels.fp8 import BLOCK, bytes_moved, default_config, fp8_matmul, fp
 
 #: Small tiles, so that the interpreter sees several of everything.
 SPLIT = dict(kernel="split", block_m=16, block_n=32, block_k=128, warps=4, stages=2, group_m=2, splits=2)
-TILES = dict(kernel="tiles", block_m=32, block_n=32, block_k=128, warps=4, stages=2, group_m=2, per_processor=1, flatten=True)
+TILES = dict(
+    kernel="tiles", block_m=32, block_n=32, block_k=128, warps=4, stages=2, group_m=2, per_processor=1, flatten=True
+)
 CONFIGS = pytest.mark.parametrize("config", [SPLIT, TILES], ids=["split", "tiles"])
 E4M3 = torch.float8_e4m3fn
 #: Relative to Σ|x||w|: what Hopper's tensor cores cut off (measured in lqedu.runtime.float8: 2^-8.6 at most).
@@ -53,7 +55,9 @@ def test_codes_are_complete() -> None:
 
 
 @CONFIGS
-@pytest.mark.parametrize("scales", [f"{x}/{w}" for x in ("tensor", "token", "group") for w in ("tensor", "channel", "block")])
+@pytest.mark.parametrize(
+    "scales", [f"{x}/{w}" for x in ("tensor", "token", "group") for w in ("tensor", "channel", "block")]
+)
 def test_every_pair_of_scales(scales: str, config: dict, device: torch.device) -> None:
     for m, n, k in ((19, 136, 272), (1, 160, 128), (33, 32, 400)):
         a = problem(m, n, k, device, scales)
@@ -69,7 +73,8 @@ def test_small_integers_are_exact(scales: str, config: dict, device: torch.devic
     make = torch.Generator().manual_seed(0)
     a = problem(17, 144, 256, device, scales)
     a["x_codes"], a["w_codes"] = (
-        torch.randint(-1, 2, a[name].shape, generator=make).float().to(E4M3).to(device) for name in ("x_codes", "w_codes")
+        torch.randint(-1, 2, a[name].shape, generator=make).float().to(E4M3).to(device)
+        for name in ("x_codes", "w_codes")
     )
     for name in ("x_scale", "w_scale"):
         a[name] = 2.0 ** torch.randint(-2, 3, a[name].shape, generator=make).to(device)
@@ -190,6 +195,8 @@ def test_wide_tiles_of_blocks_are_refused(device: torch.device) -> None:
 
 def test_ampere_is_refused_by_name(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tensors, "assumed", Target("NVIDIA A100-SXM4-80GB", (8, 0), 108))
-    message = "x_codes is on a NVIDIA A100-SXM4-80GB, which has no FP8 tensor cores (compute capability 8.9 and later have)"
+    message = (
+        "x_codes is on a NVIDIA A100-SXM4-80GB, which has no FP8 tensor cores (compute capability 8.9 and later have)"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         fp8_matmul(**problem(3, 16, 128, device))

@@ -20,7 +20,9 @@ from lqedu_kernels.w8a8 import (
 H100 = Target("NVIDIA H100 80GB HBM3", (9, 0), 132)
 #: Small tiles, so that the interpreter sees several of everything.
 SPLIT = dict(kernel="split", block_m=16, block_n=32, block_k=64, warps=4, stages=2, group_m=2, splits=2)
-TILES = dict(kernel="tiles", block_m=32, block_n=32, block_k=64, warps=4, stages=2, group_m=2, per_processor=1, flatten=True)
+TILES = dict(
+    kernel="tiles", block_m=32, block_n=32, block_k=64, warps=4, stages=2, group_m=2, per_processor=1, flatten=True
+)
 #: One rounding to the dtype of y; the float32 operations before it add a few 2^-24.
 RELATIVE = {torch.float16: 2.0**-11 * 1.01, torch.bfloat16: 2.0**-8 * 1.01}
 
@@ -80,7 +82,9 @@ def test_any_number_of_parts_gives_the_same_bits(splits: int, device: torch.devi
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("config", [SPLIT, TILES], ids=["split", "tiles"])
 @pytest.mark.parametrize("zero", [None, torch.int32, torch.float32])
-def test_scales_zero_points_and_bias(zero: torch.dtype | None, config: dict, dtype: torch.dtype, device: torch.device) -> None:
+def test_scales_zero_points_and_bias(
+    zero: torch.dtype | None, config: dict, dtype: torch.dtype, device: torch.device
+) -> None:
     a = problem(19, 48, 112, device)
     a |= {"x_zero": None, "w_sum": None} if zero is None else {"x_zero": a["x_zero"].to(zero)}
     for scales in (torch.float16, torch.bfloat16, torch.float32):

@@ -76,21 +76,26 @@ def operations(tokens: int, heads: int, head_dim: int) -> int:
     return 4 * tokens * heads * head_dim
 
 
-def default_config(programs: int, pages: int, *, processors: int, page_bytes: int = 8704) -> dict[str, int]:
-    """Warps so that two steps of a program fit into 80 KB, and splits so that about ten warps run on each processor.
+def default_config(
+    programs: int, pages: int, *, processors: int, page_bytes: int = 8704, columns: int = 8
+) -> dict[str, int]:
+    """Two warps if two steps of theirs fit into 80 KB, and splits so that about ten warps run on each processor.
 
     Args:
         programs: sequences times key heads (times blocks of columns).
         pages: of the longest sequence.
         processors: of the GPU.
         page_bytes: of keys, values and numbers of one page and head.
+        columns: queries of a program, 8 or 16; 16 leave no registers for a deeper pipeline.
     """
-    warps = 1
-    while warps < 4 and warps < pages and 4 * warps * page_bytes <= 80_000:
-        warps *= 2
+    warps = 2 if pages > 1 and 4 * page_bytes <= 80_000 else 1
     splits = max(1, 10 * processors // (programs * warps))
     per_split = -(-pages // splits)
-    return {"pages_per_split": -(-per_split // warps) * warps, "num_warps": warps, "num_stages": 5}
+    return {
+        "pages_per_split": -(-per_split // warps) * warps,
+        "num_warps": warps,
+        "num_stages": 5 if columns == 8 else 4,
+    }
 
 
 def search_space(programs: int, pages: int, *, processors: int = 132, page_bytes: int = 8704) -> list[dict[str, int]]:
@@ -400,13 +405,12 @@ def kv_attention(
     columns = 16 if rows > 8 and size <= 128 else 8  # more would not fit the registers of one warp
     blocks = -(-rows // columns)
     pages = max(1, min(table.shape[1], -(-longest // PAGE) if longest else table.shape[1]))
+    programs = batch * kv_heads * blocks
+    if config is None and (columns, size, keys.kind) == (8, 128, values.kind):  # what the table was measured with
+        config = configuration(f"kv_attention/{keys.kind}", programs, PAGE * pages, size, gpu=target.name)
     if config is None:
-        config = configuration(
-            f"kv_attention/{keys.kind}", batch * kv_heads * blocks, PAGE * pages, size, gpu=target.name
-        )
-    if config is None:
-        page_bytes = bytes_moved(PAGE, 1, size, keys.kind, values.kind)
-        config = default_config(batch * kv_heads * blocks, pages, processors=target.processors, page_bytes=page_bytes)
+        page_bytes = bytes_moved(PAGE, 1, triton.next_power_of_2(size), keys.kind, values.kind)
+        config = default_config(programs, pages, processors=target.processors, page_bytes=page_bytes, columns=columns)
     per_split = config["pages_per_split"]
     splits = -(-pages // per_split)
     whole = splits == 1

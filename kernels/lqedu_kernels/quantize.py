@@ -129,24 +129,26 @@ def operations(m: int, k: int) -> int:
 
 
 def default_config(m: int, k: int, target: Target) -> dict[str, int]:
-    """Where nothing was measured: 32 elements a thread, one program a token.
+    """Where nothing was measured: pieces that leave at most an eighth of them empty, 28 to 56 elements a thread.
 
-    Keys: ``warps``, ``stages`` of loads in flight, ``resident`` programs a processor that share the tokens (0: one a token).
+    Keys: ``piece`` elements, a power of two, are loaded at once; ``warps``; ``stages`` of loads in flight; ``resident``
+    programs a processor that share the tokens (0: one program a token).
     """
-    warps = max(1, min(16, triton.next_power_of_2(k) // 1024))
-    return dict(warps=warps, stages=1, resident=0)
+    piece = triton.next_power_of_2(k)
+    while piece > 1024 and 8 * (-k % piece) > k:
+        piece //= 2
+    warps = min(32, triton.next_power_of_2(triton.cdiv(k, 1792)))
+    return dict(piece=piece, warps=warps, stages=1, resident=0)
 
 
 def search_space(m: int, k: int, target: Target) -> list[dict[str, int]]:
     """Configurations worth timing at a shape, the likely best first; see :func:`default_config` for the keys."""
-    base = default_config(m, k, target)["warps"]
-    space = [dict(warps=w, stages=1, resident=0) for w in (base, 2 * base, base // 2) if 1 <= w <= 32]
-    return space + [
-        dict(warps=w, stages=s, resident=max(1, 32 // w))
-        for w in (base, 2 * base)
-        for s in (1, 2, 3)
-        if w <= 32 and m > target.processors
-    ]
+    space = [default_config(m, k, target)]
+    for piece in (triton.next_power_of_2(k) >> i for i in range(4)):
+        for warps in (2, 4, 8, 16):
+            if piece // (32 * warps) >= 4 and 8 <= k // (32 * warps) <= 128 and k // piece <= 16:
+                space.append(dict(piece=piece, warps=warps, stages=1, resident=0))
+    return space
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -178,11 +180,20 @@ def quotient(x, s, inverse):
 
 @triton.jit
 def inverse_of(s):
-    """The IEEE quotient 1 / s: one Newton step from the approximate one, by fused multiply-adds."""
+    """The IEEE quotient 1 / s: two Newton steps, in fused multiply-adds, from one that is good to two units."""
     if INTERPRET:
         return 1.0 / s
     y = 1.0 / s
+    y = tl.fma(tl.fma(-s, y, 1.0), y, y)
     return tl.fma(tl.fma(-s, y, 1.0), y, y)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, good to one unit, for x from 1: one instruction, where a quotient takes seven."""
+    if INTERPRET:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -200,12 +211,64 @@ def scale_of(b_range, STEPS: tl.constexpr, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def to_codes(b_x, b_scale, LARGEST: tl.constexpr, CLIPPED: tl.constexpr, FLOAT: tl.constexpr):
-    """``round(x / s)`` on a symmetric grid: int8, or E4M3."""
-    b_q = quotient(b_x, b_scale, inverse_of(b_scale))
+def _prepared(p_x, p_up, p_residual, p_hidden, o_k, m_k, dtype: tl.constexpr):
+    """A piece of a token in float32, with the residual added or SiLU applied; every rounding is one that torch makes."""
+    b_x = tl.load(p_x + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if p_residual is not None:
+        b_hidden = to_dtype(b_x + tl.load(p_residual + o_k, mask=m_k, other=0.0).to(tl.float32), dtype)
+        tl.store(p_hidden + o_k, b_hidden, mask=m_k)
+        b_x = b_hidden.to(tl.float32)
+    if p_up is not None:
+        b_up = tl.load(p_up + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_x = to_dtype(b_x * reciprocal(1.0 + tl.exp(-b_x)), dtype).to(tl.float32)
+        b_x = to_dtype(b_x * b_up, dtype).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _normed(b_x, p_weight, o_k, K, eps, dtype: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    """RMSNorm of a token's pieces."""
+    b_square = b_x[0] * b_x[0]
+    for j in tl.static_range(1, PIECES):
+        b_square += b_x[j] * b_x[j]
+    inverse = tl.rsqrt(tl.sum(tl.sum(b_square, 1), 0) / K + eps)
+    b_out = ()
+    for j in tl.static_range(PIECES):
+        b_weight = tl.load(
+            p_weight + j * PIECE + o_k, mask=o_k < K - j * PIECE, other=0.0, eviction_policy="evict_last"
+        )
+        b_normal = to_dtype(b_x[j] * inverse, dtype).to(tl.float32)
+        b_out = b_out + (to_dtype(b_normal * b_weight.to(tl.float32), dtype).to(tl.float32),)  # noqa: RUF005
+    return b_out
+
+
+@triton.jit
+def _range(b_x, PIECES: tl.constexpr):
+    """Smallest and largest of each run, 0 included: [GROUPS] each."""
+    b_lo, b_hi = b_x[0], b_x[0]
+    for j in tl.static_range(1, PIECES):
+        b_lo, b_hi = smallest_of(b_lo, b_x[j]), largest_of(b_hi, b_x[j])
+    return smallest_of(tl.reduce(b_lo, 1, smallest_of), 0.0), largest_of(tl.reduce(b_hi, 1, largest_of), 0.0)
+
+
+@triton.jit
+def _largest(b_x, PIECES: tl.constexpr):
+    """Largest magnitude of each run: [GROUPS]."""
+    b_largest = tl.abs(b_x[0])
+    for j in tl.static_range(1, PIECES):
+        b_largest = largest_of(b_largest, tl.abs(b_x[j]))
+    return tl.reduce(b_largest, 1, largest_of)
+
+
+@triton.jit
+def _to_codes(b_x, b_scale, b_inverse, b_zero, LARGEST: tl.constexpr, CLIPPED: tl.constexpr, FLOAT: tl.constexpr):
+    """``round(x / s) + z``: int8, or E4M3."""
+    b_q = quotient(b_x, b_scale, b_inverse)
     if FLOAT:
         b_codes = to_float8_e4m3(tl.minimum(tl.maximum(b_q, -LARGEST), LARGEST))
     else:
+        if b_zero is not None:
+            b_q = round_half_even(b_q) + b_zero
         if CLIPPED:
             b_q = tl.minimum(tl.maximum(b_q, -LARGEST - 1), LARGEST)
         b_codes = low_byte(b_q)
@@ -216,53 +279,52 @@ def to_codes(b_x, b_scale, LARGEST: tl.constexpr, CLIPPED: tl.constexpr, FLOAT: 
 def _quantize_kernel(
     p_x, p_up, p_residual, p_weight, p_hidden, p_codes, p_scale, p_zero, p_sums,
     M, K, x_stride, up_stride, eps, clip_ratio,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, LARGEST: tl.constexpr, FLOAT: tl.constexpr, CLIPPED: tl.constexpr,
-    STAGES: tl.constexpr,
+    PIECES: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    LARGEST: tl.constexpr, FLOAT: tl.constexpr, CLIPPED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One token at a time, as GROUPS runs of SIZE elements with a scale each; elements beyond K are 0."""
+    """One token at a time: PIECES of GROUPS runs of SIZE elements, a scale for each run, or one for all if GROUPS is 1."""
     # 1. Place.
     dtype: tl.constexpr = p_x.dtype.element_ty
+    PIECE: tl.constexpr = GROUPS * SIZE
     o_g = tl.arange(0, GROUPS)
     o_k = o_g[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    m_k = o_k < K
     for m in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         row = tl.full((), 1, tl.int64) * m
-        # 2. Load.
-        b_x = tl.load(p_x + row * x_stride + o_k, mask=m_k, other=0.0).to(tl.float32)  # [GROUPS, SIZE]
-        # 3. Prepare: every rounding to the dtype of x is one that torch makes.
-        if p_residual is not None:
-            b_x += tl.load(p_residual + row * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_hidden = to_dtype(b_x, dtype)
-            tl.store(p_hidden + row * K + o_k, b_hidden, mask=m_k)
-            b_x = b_hidden.to(tl.float32)
+        p_up_row = None if p_up is None else p_up + row * up_stride
+        p_residual_row = None if p_residual is None else p_residual + row * K
+        p_hidden_row = None if p_hidden is None else p_hidden + row * K
+        # 2. Load and prepare; elements beyond K are 0.
+        b_x = ()  # PIECES times [GROUPS, SIZE]
+        for j in tl.static_range(PIECES):
+            o_j = j * PIECE + o_k
+            b_piece = _prepared(p_x + row * x_stride, p_up_row, p_residual_row, p_hidden_row, o_j, o_j < K, dtype)
+            b_x = b_x + (b_piece,)  # noqa: RUF005
         if p_weight is not None:
-            b_mean = tl.sum(tl.sum(b_x * b_x, 1), 0) / K
-            b_x = to_dtype(b_x * tl.rsqrt(b_mean + eps), dtype).to(tl.float32)
-            b_weight = tl.load(p_weight + o_k, mask=m_k, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            b_x = to_dtype(b_x * b_weight, dtype).to(tl.float32)
-        if p_up is not None:
-            b_up = tl.load(p_up + row * up_stride + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_x = to_dtype(b_x / (1.0 + tl.exp(-b_x)), dtype).to(tl.float32)
-            b_x = to_dtype(b_x * b_up, dtype).to(tl.float32)
-        # 4. Scale.
+            b_x = _normed(b_x, p_weight, o_k, K, eps, dtype, PIECES, PIECE)
+        # 3. Scale: [GROUPS].
+        b_zero = None
         if p_zero is not None:
-            b_lo = tl.minimum(tl.reduce(b_x, 1, smallest_of), 0.0, propagate_nan=tl.PropagateNan.ALL)
-            b_hi = tl.maximum(tl.reduce(b_x, 1, largest_of), 0.0, propagate_nan=tl.PropagateNan.ALL)
+            b_lo, b_hi = _range(b_x, PIECES)
             b_scale = scale_of(clip_ratio * (b_hi - b_lo), 2 * LARGEST + 1, FLOAT)
             b_zero = round_half_even(-LARGEST - 1 - tl.div_rn(clip_ratio * b_lo, b_scale))
-            b_zero = tl.minimum(tl.maximum(b_zero, -LARGEST - 1), LARGEST)
-            b_q = round_half_even(quotient(b_x, b_scale[:, None], inverse_of(b_scale)[:, None])) + b_zero[:, None]
-            b_codes = tl.minimum(tl.maximum(b_q, -LARGEST - 1), LARGEST).to(tl.int8)
-            tl.store(p_zero + row + o_g, b_zero)
+            b_zero = tl.minimum(tl.maximum(b_zero, -LARGEST - 1), LARGEST)[:, None]
+            tl.store(p_zero + row + o_g[:, None], b_zero)
         else:
-            b_scale = scale_of(clip_ratio * tl.reduce(tl.abs(b_x), 1, largest_of), LARGEST, FLOAT)
-            b_codes = to_codes(b_x, b_scale[:, None], LARGEST, CLIPPED, FLOAT)
-        # 5. Store.
-        tl.store(p_codes + row * K + o_k, b_codes, mask=m_k)
-        groups = tl.cdiv(K, SIZE)
+            b_scale = scale_of(clip_ratio * _largest(b_x, PIECES), LARGEST, FLOAT)
+        groups = tl.cdiv(K, SIZE) if GROUPS > 1 else 1
         tl.store(p_scale + row * groups + o_g, b_scale, mask=o_g < groups)
+        # 4. Codes.
+        b_scale, b_inverse = b_scale[:, None], inverse_of(b_scale)[:, None]
+        b_sum = tl.zeros((GROUPS, SIZE), tl.int32)
+        for j in tl.static_range(PIECES):
+            o_j = j * PIECE + o_k
+            b_codes = _to_codes(b_x[j], b_scale, b_inverse, b_zero, LARGEST, CLIPPED, FLOAT)
+            # 5. Store.
+            tl.store(p_codes + row * K + o_j, b_codes, mask=o_j < K)
+            if p_sums is not None:
+                b_sum += tl.where(o_j < K, b_codes, 0).to(tl.int32)
         if p_sums is not None:
-            tl.store(p_sums + row, tl.sum(tl.sum(tl.where(m_k, b_codes, 0).to(tl.int32), 1), 0))
+            tl.store(p_sums + row, tl.sum(tl.sum(b_sum, 1), 0))
 
 
 # --- what is called ---------------------------------------------------------------------------------------------------
@@ -332,8 +394,7 @@ def _launch(
     for name, other, shape in (("weight", weight, (k,)), ("residual", residual, (m, k)), ("up", up, (m, k))):
         if other is not None:
             _check_like(name, other, x, shape, contiguous=name != "up")
-    size = grid.group_size or triton.next_power_of_2(k)
-    groups = triton.cdiv(k, size)
+    groups = triton.cdiv(k, grid.group_size or k)
     empty = {"device": x.device}
     out = Quantized(
         torch.empty(m, k, dtype=torch.uint8, **empty).view(grid.dtype),
@@ -344,13 +405,17 @@ def _launch(
     )
     if m == 0:
         return out
-    c = config or configuration(operation, m, k, k, gpu=target.name) or default_config(m, k, target)
+    measured = configuration(operation, m, k, k, gpu=target.name)
+    if measured is not None and triton.cdiv(k, measured["piece"]) > 16:  # of a much shorter token
+        measured = None
+    c = config or measured or default_config(m, k, target)
+    pieces = 1 if grid.group_size else triton.cdiv(k, c["piece"])
     programs = min(m, c["resident"] * target.processors) if c["resident"] else m
     _quantize_kernel[(programs,)](
         x, up, residual, weight, out.hidden, out.codes, out.scale, out.zero, out.sums,
         m, k, x.stride(0), 0 if up is None else up.stride(0), eps, grid.clip_ratio,
-        GROUPS=triton.next_power_of_2(groups), SIZE=size, LARGEST=grid.largest, FLOAT=grid.format == "e4m3",
-        CLIPPED=grid.clip_ratio != 1, STAGES=c["stages"], num_warps=c["warps"],
+        PIECES=pieces, GROUPS=triton.next_power_of_2(groups), SIZE=grid.group_size or c["piece"], LARGEST=grid.largest,
+        FLOAT=grid.format == "e4m3", CLIPPED=grid.clip_ratio != 1 or not grid.symmetric, STAGES=c["stages"], num_warps=c["warps"],
     )  # fmt: skip
     return out
 

@@ -52,7 +52,8 @@ def _w4a16(device: torch.device, variant: str | None) -> Iterator[Case]:
                     kernels["tinygemm (torch)"] = _tinygemm(make, x[0], n, k)
                 yield _case(
                     operation, m, n, k, x, weights, call, kernels, FP16_CEILING,
-                    w4a16.bytes_moved(m, n, k, group, 0 if zero is None else zero.element_size()), w4a16.search_space,
+                    w4a16.bytes_moved(m, n, k, group, 0 if zero is None else zero.element_size()),
+                    w4a16.search_space(m, n, k, target_of(x[0], "x")),
                 )  # fmt: skip
 
 
@@ -79,7 +80,9 @@ def _w4a8(device: torch.device, variant: str | None) -> Iterator[Case]:
                 half = make.normal(m, k).half()
                 kernels = {FP16: [lambda w=w, half=half: half @ w[0].T for w in dense]}
                 nbytes = w4a8.bytes_moved(m, n, k, group_size=group)
-                yield _case(operation, m, n, k, x, weights, call, kernels, INT8_CEILING, nbytes, w4a8.search_space)
+                yield _case(
+                    operation, m, n, k, x, weights, call, kernels, INT8_CEILING, nbytes, w4a8.search_space(m, n, k)
+                )
 
 
 def _w4a8_weight(operation: str, group: int | None, make: "_Random", n: int, k: int) -> list[Operands]:
@@ -123,7 +126,7 @@ def _w8a8(device: torch.device, variant: str | None) -> Iterator[Case]:
                     kernels,
                     INT8_CEILING,
                     w8a8.bytes_moved(m, n, k),
-                    w8a8.search_space,
+                    w8a8.search_space(m, n, k, target_of(x[0], "x")),
                 )
 
 
@@ -155,7 +158,7 @@ def _fp8(device: torch.device, variant: str | None) -> Iterator[Case]:
                     kernels,
                     FP8_CEILING,
                     fp8.bytes_moved(m, n, k),
-                    fp8.search_space,
+                    fp8.search_space(m, n, k, target_of(x[0], "x"), blocks=operation == "fp8/block"),
                 )
 
 
@@ -206,23 +209,14 @@ FAMILIES: dict[str, Family] = {
 
 def _case(
     operation: str, m: int, n: int, k: int, x: Operands, weights: Sequence[Operands], call: Callable[..., object],
-    kernels: Mapping[str, Sequence[Call]], ceiling: str, nbytes: int, space: Callable[..., list[dict]],
+    kernels: Mapping[str, Sequence[Call]], ceiling: str, nbytes: int, space: list[dict],
 ) -> Case:  # fmt: skip
     def configured(config: Mapping[str, object] | None) -> Sequence[Call]:
         return [lambda w=w: call(x, w, config) for w in weights]
 
     ours = {OURS: configured(None)}
-    candidates = space(m, n, k, target_of(x[0], "x"))
-    return Case(
-        operation,
-        {"m": m, "n": n, "k": k},
-        ours | dict(kernels),
-        nbytes,
-        2 * m * n * k,
-        ceiling,
-        candidates,
-        configured,
-    )
+    sizes = {"m": m, "n": n, "k": k}
+    return Case(operation, sizes, ours | dict(kernels), nbytes, 2 * m * n * k, ceiling, (m, n, k), space, configured)
 
 
 def _wanted(variants: Mapping[str, object], variant: str | None) -> list[tuple[str, object]]:

@@ -21,6 +21,7 @@ SDPA = "torch FP16 attention"
 TOKENS = (64, 1024, 16384)
 WIDTHS = (4096, 5120, 8192, 11008, 13824, 14336)
 LLAMA_3_8B = (32, 8, 128)  # query heads, key-value heads, head size
+CACHES = ((1, 1024), (1, 8192), (1, 32768), (8, 8192), (32, 1024), (32, 8192), (64, 8192))  # sequences, tokens of each
 
 
 def hadamard_cases(device: torch.device, variant: str | None) -> Iterator[Case]:
@@ -85,7 +86,7 @@ def attention_cases(device: torch.device, variant: str | None) -> Iterator[Case]
     heads, kv_heads, size = LLAMA_3_8B
     for operation in _wanted(("kv_attention/kv4", "kv_attention/kv8", "kv_attention/fp8"), variant):
         kind = operation.split("/")[1]
-        for batch, length in ((1, 1024), (1, 8192), (1, 32768), (8, 8192), (32, 1024), (32, 8192), (64, 8192)):
+        for batch, length in CACHES:
             generator = torch.Generator(device).manual_seed(batch + length)
             count = batch * length // PAGE
             nbytes = kv_attention.bytes_moved(batch * length, kv_heads, size, kind, kind, queries=batch * heads)

@@ -5,20 +5,26 @@ Pure functions of the shape and the GPU. The rules come from measurements on an 
 
 from collections.abc import Callable
 
-from lqedu_kernels._tensors import Target
+import triton
+
+from lqedu_kernels._tensors import INTERPRET, Target
 from lqedu_kernels.tuning import Config, configuration
+
+#: The language of :mod:`lqedu_kernels.hopper_dense` changes from one version of Triton to the next; this is its version.
+HAS_GLUON = triton.__version__.startswith("3.6.") and not INTERPRET
 
 
 def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str]:
     """What runs where nothing was measured; a pure function of the shape and the GPU.
 
-    Few tokens: as many tiles of 64 outputs as there are, and K in parts only where tiles would leave most processors idle
-    (adding parts up costs 2 µs and more). Many tokens, on Hopper: the tile whose tiles fill whole rounds best, at the rate
-    measured for such tiles.
+    Few tokens: as many tiles of 64 outputs as there are, with all of shared memory as stages where a processor has one tile,
+    and K in parts only where tiles would leave most processors idle (adding parts up costs 2 µs and more). Many tokens, on
+    Hopper: the tile whose tiles fill whole rounds best, at the rate measured for such tiles.
 
-    Keys: ``kernel`` "split" or "tiles"; block_m, block_n, block_k of a tile; warps, stages; group_m rows of tiles are walked
-    together; ``splits`` of K (split), ``per_processor`` programs and whether to
-    ``flatten`` the loops over tiles and K into one (tiles).
+    Keys: ``kernel`` "split" or "tiles" (or "hopper", from a file of measured configurations, with the keys of
+    :mod:`lqedu_kernels.hopper_dense`); block_m, block_n, block_k of a tile; warps, stages; group_m rows of tiles are walked
+    together; ``splits`` of K (split); ``per_processor`` programs and whether to ``flatten`` the loops over tiles and K into
+    one (tiles).
     """
     if m > 64 and has_descriptors(n, k, target):
         rates = {(128, 256): 1.0, (128, 128): 0.8, (64, 128): 0.65}
@@ -32,32 +38,42 @@ def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | st
     block_m = next(size for size in (16, 32, 64) if m <= size or size == 64)
     if k % 16:  # rows that start anywhere are loaded byte by byte: a small tile, for what is seldom and slow
         return split_config(16, 64, 64, 4, 2, splits_for(m, n, k, 16, 64, target))
-    block_n, block_k, warps, stages = (128, 128, 8, 4) if m > 64 else (64, 256, 4, 4 if block_m < 64 else 3)
-    return split_config(block_m, block_n, block_k, warps, stages, splits_for(m, n, k, block_m, block_n, target))
+    splits = splits_for(m, n, k, block_m, 128 if m > 64 else 64, target)
+    if m > 64:
+        return split_config(block_m, 128, 128, 8, 4, splits)
+    alone = target.capability >= (9, 0) and tiles_of(m, n, block_m, 64) * splits <= target.processors
+    return split_config(block_m, 64, 256, 4, (6 if block_m < 64 else 5) if alone else 3, splits)
 
 
 def search_space(m: int, n: int, k: int, target: Target) -> list[dict[str, int | str]]:
     """Configurations worth timing at a shape, the likely best first; see :func:`default_config` for the keys."""
     space = [default_config(m, n, k, target)]
     block_m = next(size for size in (16, 32, 64) if m <= size or size == 64)
-    if m <= 16:
-        shapes = ((64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 4, 5), (64, 256, 4, 6), (64, 512, 4, 3), (128, 256, 4, 3), (128, 256, 4, 4),
-                  (128, 128, 4, 5), (32, 256, 2, 6), (32, 512, 2, 4), (32, 512, 4, 4), (64, 128, 4, 8))  # fmt: skip
+    if m <= 32:
+        shapes = ((64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 4, 6), (128, 256, 4, 4), (128, 128, 4, 5), (64, 512, 4, 3),
+                  (32, 256, 2, 6), (32, 512, 2, 4))  # fmt: skip
     elif m <= 64:
-        shapes = ((64, 256, 4, 3), (64, 256, 4, 4), (64, 256, 4, 5), (64, 256, 4, 6), (64, 128, 4, 6), (64, 128, 4, 8), (32, 256, 4, 6),
-                  (128, 256, 8, 4), (128, 128, 4, 5))  # fmt: skip
+        shapes = (
+            (64, 256, 4, 3),
+            (64, 256, 4, 5),
+            (64, 256, 4, 6),
+            (64, 128, 4, 6),
+            (128, 256, 8, 4),
+            (128, 128, 4, 5),
+        )
     else:
-        shapes = ((128, 128, 8, 4), (64, 128, 4, 4))
+        shapes = () if has_descriptors(n, k, target) else ((64, 128, 4, 4), (128, 128, 8, 4))
     for block_n, block_k, warps, stages in shapes:
         most = splits_for(m, n, k, block_m, block_n, target)
-        for splits in sorted({1, most, 2 * most}) if most > 1 else (1,):
-            space.append(split_config(block_m, block_n, block_k, warps, stages, splits))
-    if m > 16 and has_descriptors(n, k, target):
-        tiles = [(64, 128, 128, 4, 8), (64, 128, 256, 4, 4), (64, 64, 256, 4, 5), (64, 64, 128, 4, 6)]
-        tiles += [(128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (128, 128, 128, 8, 4)] if m > 64 else []
+        for splits in sorted({1, most, 2 * most}):
+            if splits <= max(most, target.processors // tiles_of(m, n, block_m, block_n)):
+                space.append(split_config(block_m, block_n, block_k, warps, stages, splits))
+    if m > 64 and has_descriptors(n, k, target):
+        tiles = [(128, 256, 128, 8, 4), (128, 256, 128, 8, 3), (128, 128, 128, 8, 4)]
+        tiles += [(64, 128, 128, 4, 8), (64, 128, 256, 4, 4)] if m <= 1024 else []
         for shape in tiles:
             space += [tiles_config(*shape, group_m=group_m) for group_m in ((4, 8, 16) if m > 1024 else (8,))]
-    return space
+    return [config for i, config in enumerate(space) if config not in space[:i]]
 
 
 def split_config(
@@ -110,5 +126,7 @@ def choose(
     if config is None and k % 16 == 0:
         config = configuration(operation, m, n, k, gpu=target.name)
     if config is None or (config["kernel"] != "split" and not has_descriptors(n, k, target)):
+        return default(m, n, k, target)
+    if config["kernel"] == "hopper" and not HAS_GLUON:
         return default(m, n, k, target)
     return config

@@ -91,7 +91,7 @@ def default_config(m: int, n: int, k: int, target: Target, *, blocks: bool = Fal
     if not blocks:
         return c
     if c["kernel"] == "tiles":
-        return _dense.tiles_config(64, BLOCK, BLOCK, 4, 4, per_processor=2, flatten=False)
+        return _dense.tiles_config(64, BLOCK, BLOCK, 4, 4 if m <= 512 else 3, per_processor=2, flatten=False)
     block_m, stages = (min(c["block_m"], 32), 6) if k % 16 == 0 else (16, 2)
     return _dense.split_config(block_m, 64, BLOCK, 4, stages, _dense.splits_for(m, n, k, block_m, 64, target))
 
@@ -102,25 +102,19 @@ def search_space(m: int, n: int, k: int, target: Target, *, blocks: bool = False
         return _dense.search_space(m, n, k, target)
     space = [default_config(m, n, k, target, blocks=True)]
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    for block_n, warps, stages in ((64, 4, 8), (64, 4, 10), (128, 4, 5), (128, 4, 6), (32, 4, 8)) if m <= 64 else ():
+    for block_n, stages in ((64, 6), (64, 8), (64, 10), (128, 5), (128, 6)) if m <= 64 else ():
         most = _dense.splits_for(m, n, k, block_m, block_n, target)
-        for splits in sorted({1, most}):
-            space.append(_dense.split_config(block_m, block_n, BLOCK, warps, stages, splits))
+        for splits in sorted({1, most, 2 * most}):
+            if splits <= max(most, target.processors // _dense.tiles_of(m, n, block_m, block_n)):
+                space.append(_dense.split_config(block_m, block_n, BLOCK, 4, stages, splits))
     if m > 16 and _dense.has_descriptors(n, k, target):
-        shapes = (
-            (64, 128, 4, 6, 1),
-            (64, 128, 4, 4, 2),
-            (64, 128, 4, 3, 2),
-            (64, 64, 4, 8, 1),
-            (64, 64, 4, 6, 2),
-            (128, 128, 8, 4, 1),
-        )
-        for block_m, block_n, warps, stages, programs in shapes:
+        shapes = [(64, 128, 4, 4, 2), (64, 128, 4, 3, 2), (64, 128, 4, 6, 1), (64, 64, 4, 6, 2)]
+        for block_m, block_n, warps, stages, programs in shapes + ([(128, 128, 8, 4, 1)] if m > 256 else []):
             for flatten in (False, True):
                 space.append(
                     _dense.tiles_config(block_m, block_n, BLOCK, warps, stages, per_processor=programs, flatten=flatten)
                 )
-    return space
+    return [config for i, config in enumerate(space) if config not in space[:i]]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -161,8 +155,8 @@ def _split_kernel(
     o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    # Rows beyond the end read the last one; what they give is not stored.
-    p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
+    p_x_rows = p_x + o_m.to(tl.int64)[None, :] * K + o_k[:, None]
+    # Outputs beyond the end read the last row; what it gives is not stored.
     p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
     p_s = p_x_scale + tl.minimum(o_m, M - 1) * x_stride
     o_m, o_n = o_m[None, :], o_n[:, None]
@@ -175,7 +169,7 @@ def _split_kernel(
         # [BLOCK_N, BLOCK_K], read once: leaves the cache first
         b_w = tl.load(p_w_rows + step * BLOCK_K, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
         # [BLOCK_K, BLOCK_M]
-        b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None], other=0.0)
+        b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None] & (o_m < M), other=0.0)
         # 3. Multiply; of blocks, scale and add outside the tensor cores.
         if BLOCKS:
             b_s = tl.load(p_s + step * x_stride_k)  # [BLOCK_M]
@@ -268,13 +262,17 @@ def fp8_matmul(
     """
     target = _check(x_codes, x_scale, w_codes, w_scale, bias, dtype)
     (m, k), n = x_codes.shape, w_codes.shape[0]
-    y = torch.empty((m, n), dtype=dtype, device=x_codes.device)
     if m == 0:
-        return y
+        return x_codes.new_empty((0, n), dtype=dtype)
     by_block = _by_block(w_scale, n, k)
     blocks = by_block or x_scale.shape[1] > 1
     operation = "fp8/block" if blocks else "fp8/token" if x_scale.numel() + w_scale.numel() > 2 else "fp8/tensor"
     c = _dense.choose(config, operation, m, n, k, target, functools.partial(default_config, blocks=blocks))
+    if c["kernel"] == "hopper":
+        from lqedu_kernels import hopper_dense  # Gluon, which only this version of Triton can import
+
+        return hopper_dense.matmul(x_codes, x_scale, w_codes, w_scale, bias=bias, dtype=dtype, config=c)
+    y = torch.empty((m, n), dtype=dtype, device=x_codes.device)
     block_m, block_n, block_k = c["block_m"], c["block_n"], c["block_k"]
     if blocks and (block_k != BLOCK or block_n > BLOCK):
         raise ValueError(

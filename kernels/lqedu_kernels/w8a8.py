@@ -114,8 +114,8 @@ def _split_kernel(
     o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    # Rows beyond the end read the last one; what they give is not stored.
-    p_x_rows = p_x + tl.minimum(o_m, M - 1).to(tl.int64)[None, :] * K + o_k[:, None]
+    p_x_rows = p_x + o_m.to(tl.int64)[None, :] * K + o_k[:, None]
+    # Outputs beyond the end read the last row; what it gives is not stored.
     p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
     o_m, o_n = o_m[None, :], o_n[:, None]
     after_previous(OVERLAP)
@@ -127,7 +127,7 @@ def _split_kernel(
         # [BLOCK_N, BLOCK_K], read once: leaves the cache first
         b_w = tl.load(p_w_rows + step * BLOCK_K, mask=m_k[None, :], other=0, eviction_policy="evict_first")
         # [BLOCK_K, BLOCK_M]
-        b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None], other=0)
+        b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None] & (o_m < M), other=0)
         # 3. Multiply: int32, exact in any order.
         b_sum = tl.dot(b_w, b_x, b_sum, out_dtype=tl.int32)
     # 4. Share: parts are handed in, and the last program gets the sum.
@@ -208,10 +208,16 @@ def w8a8_matmul(
     """
     target = _check(x_codes, x_scale, w_codes, w_scale, x_zero, w_sum, bias, dtype)
     (m, k), n = x_codes.shape, w_codes.shape[0]
-    y = torch.empty((m, n), dtype=dtype, device=x_codes.device)
     if m == 0:
-        return y
+        return x_codes.new_empty((0, n), dtype=dtype)
     c = choose(config, "w8a8", m, n, k, target, default_config)
+    if c["kernel"] == "hopper":
+        from lqedu_kernels import hopper_dense  # Gluon, which only this version of Triton can import
+
+        return hopper_dense.matmul(
+            x_codes, x_scale, w_codes, w_scale, x_zero=x_zero, w_sum=w_sum, bias=bias, dtype=dtype, config=c
+        )
+    y = torch.empty((m, n), dtype=dtype, device=x_codes.device)
     block_m, block_n, block_k = c["block_m"], c["block_n"], c["block_k"]
     tiles = tiles_of(m, n, block_m, block_n)
     scales = (x_scale, w_scale, x_zero, w_sum if x_zero is not None else None, bias)

@@ -22,12 +22,7 @@ in float16 no sum overflows that is not √2 · 65504 or more as an element of L
 Bytes: 2 read and 2 (codes: 1) written an element. Operations of the transform itself: n log2 n additions a vector.
 """
 
-import functools
-import json
-import math
 from collections.abc import Mapping
-from importlib import resources
-from typing import NamedTuple
 
 import torch
 import triton
@@ -36,6 +31,7 @@ from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, to_dtype, to_float8_e4m3
 from lqedu_kernels._tensors import Target, check_tensor, target_of
+from lqedu_kernels.hadamard_tables import Split, factors, operands, split, table
 from lqedu_kernels.quantize import (
     Quantized,
     TokenGrid,
@@ -48,7 +44,6 @@ from lqedu_kernels.quantize import (
 from lqedu_kernels.tuning import configuration
 
 _DTYPES = (torch.float16, torch.bfloat16)
-_TILE = 32768  # elements of a tile at most: 128 float32 sums a thread of eight warps
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -73,45 +68,14 @@ def hadamard_reference(x: Tensor, length: int | None = None, stride: int = 1) ->
 
 def hadamard_quantize_reference(
     x: Tensor,
-    grid: TokenGrid = TokenGrid(),
+    grid: TokenGrid = TokenGrid(),  # noqa: B008
     *,
     length: int | None = None,
     stride: int = 1,
-    sums: bool = False,  # noqa: B008
+    sums: bool = False,
 ) -> Quantized:
     """Codes of the transform, of its float32 values."""
     return quantize_reference(hadamard_reference(x.float(), length, stride), grid, sums=sums)
-
-
-@functools.cache
-def _tables() -> Mapping[str, str]:
-    return json.loads((resources.files("lqedu_kernels") / "tables" / "hadamard.json").read_text(encoding="utf-8"))
-
-
-@functools.cache
-def table(m: int) -> Tensor:
-    """The Hadamard matrix of a factor of :func:`factors`, ± 1, float64 ``[m, m]``: from Paley's and Williamson's constructions."""
-    bits = "0" if m == 1 else bin(int("1" + _tables()[str(m)], 16))[3:]
-    return 1 - 2 * torch.tensor([int(bit) for bit in bits], dtype=torch.float64).view(m, m)
-
-
-def factors(length: int) -> tuple[int, int]:
-    """``(m, 2^k)`` of a length: the smallest m that has a table, 1 for powers of two.
-
-    Raises:
-        ValueError: no factor of the length has a table.
-
-    >>> factors(4096), factors(11008), factors(14336)
-    ((1, 4096), (172, 64), (28, 512))
-    """
-    m = length // (length & -length) if length > 0 else 0
-    while 0 < m <= length and m <= 172:
-        if m == 1 or str(m) in _tables():
-            return m, length // m
-        m *= 2
-    raise ValueError(
-        f"length {length} has no Hadamard matrix here: it must be 2^k or m · 2^k with m = 12, 20, 28, … 172"
-    )
 
 
 def bytes_moved(m: int, k: int, *, quantized: bool = False) -> int:
@@ -125,110 +89,48 @@ def operations(m: int, k: int, length: int | None = None) -> int:
     return m * k * (factor - 1 + power.bit_length() - 1)
 
 
-# --- how a vector becomes a matrix ------------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """A tile of ``vectors`` vectors of ``left · pieces · columns`` elements, as ``rows + more`` rows of the two products.
-
-    >>> split(14336)
-    Split(left=56, pieces=4, columns=64, vectors=1, rows=64, more=0)
-    """
-
-    left: int  #: order of L, m · 2^j
-    pieces: int  #: 1, 2 or 4: what lies side by side in a row, and is added and subtracted
-    columns: int  #: order of R; in a strided transform, columns that have nothing to do with each other
-    vectors: int  #: vectors in a tile, one below the other
-    rows: int  #: 64 or 128, the last ones empty unless left · vectors fills them
-    more: int  #: 64 where a vector needs more than 128 rows, else 0
-
-
-def split(length: int, stride: int = 1, *, pieces: int | None = None, token: int | None = None) -> Split | None:
-    """The matrix of a vector: 64 columns, and no more rows than the tensor cores' 64 if four pieces allow it.
-
-    Args:
-        length, stride: of the transform.
-        pieces: instead of the number chosen so.
-        token: elements that share a scale, a multiple of length · stride: a tile then holds whole tokens.
-
-    Returns:
-        ``None`` where no tile holds that.
-    """
-    m, power = factors(length)
-    columns = min(64, power) if stride == 1 else min(128, triton.next_power_of_2(stride))
-    rest = length // columns if stride == 1 else length
-    if pieces is None:
-        pieces = 1
-        while stride == 1 and pieces < 4 and rest // pieces > max(64, m):
-            pieces *= 2
-    left, group = rest // pieces, 1 if token is None else token // (length * stride)
-    fitting = max(1, 64 // (left * group))
-    if token is not None and (left * group) & (left * group - 1):
-        fitting = 1  # the kernel finds the scales of several tokens in a tile where their rows are powers of two
-    used = left * group * fitting
-    rows, more = (64, 0) if used <= 64 else (128, 0) if used <= 128 else (128, 64)
-    whole = left * pieces == rest and left % m == 0 and (stride == 1 or pieces == 1)
-    if not whole or columns < 16 or used > 192 or (rows + more) * pieces * columns > _TILE:
-        return None
-    return None if token is not None and stride > columns else Split(left, pieces, columns, group * fitting, rows, more)
-
-
-@functools.cache
-def _operands(s: Split, stride: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
-    """L ``[rows + more, rows + more]``, R ``[columns, columns]``, and what is missing to an orthonormal transform."""
-    down = round(math.log2(math.sqrt(s.left * s.pieces)))
-    right = round(math.log2(math.sqrt(s.columns))) if stride == 1 else 0
-    m, power = factors(s.left)
-    one = torch.kron(table(m), _sylvester(power)) * 2.0**-down
-    size = s.rows + s.more
-    b_left = torch.zeros(size, size, dtype=torch.float64)
-    b_left[: s.vectors * s.left, : s.vectors * s.left] = torch.block_diag(*[one] * s.vectors)
-    b_right = _sylvester(s.columns) * 2.0**-right
-    length = s.left * s.pieces * (s.columns if stride == 1 else 1)
-    return b_left.to(device, dtype), b_right.to(device, dtype), 2.0 ** (down + right) / math.sqrt(length)
-
-
-def _sylvester(order: int) -> Tensor:
-    h, step = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1, 1], [1, -1]], dtype=torch.float64)
-    while len(h) < order:
-        h = torch.kron(step, h)
-    return h
-
-
 # --- launch configurations --------------------------------------------------------------------------------------------
 
 
 def default_config(m: int, length: int, target: Target, *, quantized: bool = False) -> dict[str, int | None]:
-    """Where nothing was measured: four warps for 64 rows, one program a tile unless programs are large and few.
+    """Where nothing was measured: four warps for 64 rows; programs that keep their tables where those are large.
 
-    Keys: ``pieces`` (see :func:`split`; None: as few as possible), ``warps``, ``stages`` of loads in flight, ``resident``
+    Keys: ``pieces`` (see :func:`split`; None: as few as leave 64 rows), ``warps``, ``stages`` of loads in flight, ``resident``
     programs a processor that share the tiles and keep their tables (0: one program a tile).
     """
     s = split(length)
-    if s is None or s.rows + s.more == 64:
-        return dict(pieces=None, warps=4, stages=1, resident=6 if quantized and s is not None and s.pieces == 1 else 0)
-    return dict(pieces=None, warps=4 if s.more and s.pieces == 1 else 8, stages=1, resident=2)
+    if s is None:
+        return dict(pieces=None, warps=4, stages=1, resident=0)
+    pieces = None
+    if target.capability < (9, 0) and s.pieces == 4 and split(length, pieces=2) is not None:
+        pieces, s = 2, split(length, pieces=2)  # the products of Ampere and Ada hold both operands in registers
+    if s.more == 0 and s.rows == 64:
+        return dict(pieces=pieces, warps=4, stages=1, resident=6 if quantized and s.pieces == 1 else 0)
+    if s.elements > 16384:
+        return dict(pieces=pieces, warps=8, stages=2, resident=1)
+    return dict(pieces=pieces, warps=4 if s.more and target.capability >= (9, 0) else 8, stages=1, resident=2)
 
 
 def search_space(m: int, length: int, target: Target) -> list[dict[str, int | None]]:
     """Configurations worth timing, the likely best first; see :func:`default_config` for the keys."""
-    space = []
-    for pieces in (None, 1, 2, 4):
+    space = [default_config(m, length, target), default_config(m, length, target, quantized=True)]
+    for pieces in (1, 2, 4):
         s = split(length, pieces=pieces)
-        if s is None or (pieces is not None and s == split(length)):
+        if s is None or not _fits(s, target):
             continue
-        tile = (s.rows + s.more) * s.pieces * s.columns
-        for warps in (4, 8):
-            if not 32 <= tile // (32 * warps) <= 128:
-                continue
-            most = max(1, min(8, 32768 // tile * (2 if tile <= 8192 else 1)))
-            choices = [(1, 0)] + [
-                (stages, r)
-                for r in sorted({most, max(1, most - 1), max(1, most * 3 // 4), 2}, reverse=True)
-                for stages in (1, 2, 3)
-            ]
-            space += [dict(pieces=pieces, warps=warps, stages=stages, resident=r) for stages, r in choices]
-    return space
+        warps = 4 if s.rows == 64 or (s.more and s.pieces == 1) else 8
+        most = max(1, 24576 // s.elements if warps == 4 else 32768 // s.elements)
+        for stages, resident in ((1, 0), (1, most), (2, most), (2, most - 1), (3, most - 1), (2, most // 2)):
+            if resident > 0 or stages == 1:
+                space.append(dict(pieces=pieces, warps=warps, stages=stages, resident=resident))
+    return list({str(c): c for c in space}.values())
+
+
+def _fits(s: Split, target: Target) -> bool:
+    """Whether the tile and the tables fit shared memory, and the sums the registers."""
+    ampere = target.capability in ((8, 0), (8, 7))
+    shared = 166912 if ampere else 232448 if (9, 0) <= target.capability < (12, 0) else 101376
+    return s.shared <= shared and s.elements <= (32768 if target.capability >= (9, 0) else 16384)
 
 
 # --- kernel -----------------------------------------------------------------------------------------------------------
@@ -251,7 +153,7 @@ def _block(p_table, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, widt
 def _load_pieces(p_x, o_x, m_x, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
     b_pieces = ()
     for j in tl.static_range(PIECES):
-        b_pieces = b_pieces + (tl.load(p_x + j * COLUMNS + o_x, mask=m_x, other=0.0),)
+        b_pieces = b_pieces + (tl.load(p_x + j * COLUMNS + o_x, mask=m_x, other=0.0),)  # noqa: RUF005
     return b_pieces
 
 
@@ -273,7 +175,7 @@ def _right(b, b_right, dtype: tl.constexpr, PIECES: tl.constexpr, RIGHT: tl.cons
     if RIGHT:
         b_out = ()
         for j in tl.static_range(PIECES):
-            b_out = b_out + (_dot(to_dtype(b[j], dtype), b_right),)
+            b_out = b_out + (_dot(to_dtype(b[j], dtype), b_right),)  # noqa: RUF005
         return b_out
     return b
 
@@ -350,10 +252,10 @@ def _hadamard_kernel(
         b_ym = ()
         for j in tl.static_range(PIECES):
             if MORE:
-                b_y = b_y + (_dot(b_left_more, b_xm[j], _dot(b_left, b_x[j])),)
-                b_ym = b_ym + (_dot(b_more_more, b_xm[j], _dot(b_more_left, b_x[j])),)
+                b_y = b_y + (_dot(b_left_more, b_xm[j], _dot(b_left, b_x[j])),)  # noqa: RUF005
+                b_ym = b_ym + (_dot(b_more_more, b_xm[j], _dot(b_more_left, b_x[j])),)  # noqa: RUF005
             else:
-                b_y = b_y + (_dot(b_left, b_x[j]),)
+                b_y = b_y + (_dot(b_left, b_x[j]),)  # noqa: RUF005
         # 4. (L X) R: rounded to 16 bits between the products.
         b_y = _right(b_y, b_right, dtype, PIECES, RIGHT)
         if MORE:
@@ -423,9 +325,11 @@ def hadamard_transform(
     if s is not None:
         _launch(x, y, s, length, stride, c)
         return y
-    # H_length = H_a ⊗ H_b: across b, then runs of b.
+    # H_length = H_a ⊗ H_b: a elements b apart, then runs of b.
     m, power = factors(length)
-    b = power // max(1, 64 // m)
+    b = power // max(1, min(power, 64 // m))
+    if b == 1:
+        raise ValueError(f"length {length} with stride {stride} does not fit a tile of a {target.name}")
     across = hadamard_transform(x, length=length // b, stride=b * stride)
     return hadamard_transform(across, length=b, stride=stride)
 
@@ -469,7 +373,7 @@ def _launch(
     tiles = triton.cdiv(rows, s.left * s.vectors) * blocks
     if tiles == 0:
         return
-    b_left, b_right, factor = _operands(s, stride, x.dtype, x.device)
+    b_left, b_right, factor = operands(s, stride, x.dtype, x.device)
     programs = min(tiles, c["resident"] * target_of(x, "x").processors) if c["resident"] else tiles
     _hadamard_kernel[(programs,)](
         x, b_left, b_right, y, out and out.scale, out and out.sums, rows, tiles, factor, grid.clip_ratio if grid else 1.0,
@@ -494,9 +398,13 @@ def _configure(
     default = default_config(m, length, target, quantized=token is not None)
     measured = configuration(operation, m, k, k, gpu=target.name) if stride == 1 and length == k else None
     for c in (config, measured, default):
-        s = split(length, stride, pieces=c["pieces"], token=token) if c else None
-        if s is not None:
+        s = split(length, stride, pieces=c["pieces"] if stride == 1 else None, token=token) if c else None
+        if s is not None and _fits(s, target) and s.elements <= 128 * 32 * c["warps"]:
             return c, s
+        if c is config and config is not None and token is None:
+            raise ValueError(
+                f"config has {config['pieces']} pieces, which do not make a tile of length {length}: use None"
+            )
     return default, None
 
 

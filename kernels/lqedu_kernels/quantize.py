@@ -151,6 +151,12 @@ def search_space(m: int, k: int, target: Target) -> list[dict[str, int]]:
     return space
 
 
+def _suits(piece: int, k: int) -> bool:
+    """Whether pieces of another token's configuration are good for this one: few, and the last one nearly full."""
+    pieces = triton.cdiv(k, piece)
+    return pieces <= 16 and (8 * pieces * piece <= 9 * k or piece == triton.next_power_of_2(k))
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -406,7 +412,7 @@ def _launch(
     if m == 0:
         return out
     measured = configuration(operation, m, k, k, gpu=target.name)
-    if measured is not None and triton.cdiv(k, measured["piece"]) > 16:  # of a much shorter token
+    if measured is not None and not _suits(measured["piece"], k):
         measured = None
     c = config or measured or default_config(m, k, target)
     pieces = 1 if grid.group_size else triton.cdiv(k, c["piece"])

@@ -19,7 +19,7 @@ help:
 	@echo "make execute           run the notebooks again, in place; CHAPTER=04-gptq for one of them"
 	@echo "make check             the book's conventions, in seconds"
 	@echo "make lint              ruff"
-	@echo "make test              everything CI runs: lint, check, unit tests, notebooks, site, browser tests"
+	@echo "make test              everything CI runs: lint, check, unit tests, kernels, notebooks, site, browser tests"
 	@echo "make unit|kernels|notebooks|site   parts of make test"
 	@echo "make clean             remove what make made, $(VENV) included"
 

@@ -2,8 +2,8 @@
 
 ``configs/<gpu>.json`` holds, for each operation and variant, the fastest configuration found for each shape and number
 of rows by ``python -m lqedu_kernels.bench.tune``. A wrapper asks :func:`configuration`: on a GPU with a file, the entry of
-the nearest shape and the next larger number of rows; on any other GPU, ``None``, and the operation's own
-``default_config``, a pure function of the shape, decides.
+the nearest shape and the next larger number of rows; on any other GPU, and for shapes unlike all that were measured,
+``None``, and the operation's own ``default_config``, a pure function of the shape, decides.
 """
 
 import functools
@@ -15,6 +15,9 @@ from importlib import resources
 #: Start of a device's name -> file of measured configurations.
 _FILES = {"NVIDIA H100": "h100.json", "NVIDIA H200": "h100.json"}
 
+#: A shape is like a measured one if the logarithms of its sides differ by no more than this in all: a factor of 1.6.
+_NEAR = 0.47
+
 Config = Mapping[str, int | str | bool]
 
 
@@ -24,7 +27,7 @@ def _table(file: str) -> Mapping[str, list[dict]]:
 
 
 def configuration(operation: str, m: int, n: int, k: int, *, gpu: str) -> Config | None:
-    """The measured configuration for ``[m, k] x [n, k]`` on a GPU of this name, or ``None`` where nothing was measured.
+    """The measured configuration for ``[m, k] x [n, k]`` on a GPU of this name, or ``None`` where nothing like it was measured.
 
     Args:
         operation: operation and variant, ``"w4a8/group128"``.
@@ -40,6 +43,8 @@ def configuration(operation: str, m: int, n: int, k: int, *, gpu: str) -> Config
         return abs(math.log(entry["n"] / n)) + abs(math.log(entry["k"] / k))
 
     nearest = min(distance(entry) for entry in entries)
+    if nearest > _NEAR:
+        return None
     shape = [entry for entry in entries if distance(entry) == nearest]
     larger = [entry for entry in shape if entry["m"] >= m]
     entry = min(larger, key=lambda e: e["m"]) if larger else max(shape, key=lambda e: e["m"])

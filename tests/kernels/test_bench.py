@@ -51,11 +51,16 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
         (17, 11008, 4096, "11008x4096 at 1024"),
         (8192, 11008, 4096, "11008x4096 at 1024"),  # more rows than were measured: the most that were
         (16, 14336, 4096, "11008x4096 at 16"),  # the nearest shape, in ratios
-        (16, 576, 576, "4096x4096 at 16"),
+        (16, 6144, 4096, "4096x4096 at 16"),
     ],
 )
 def test_the_nearest_shape_and_the_next_larger_number_of_rows(table: None, m: int, n: int, k: int, found: str) -> None:
     assert tuning.configuration("op", m, n, k, gpu="NVIDIA H100 80GB HBM3") == {"block": found}
+
+
+def test_shapes_unlike_all_measured_ones_take_the_default(table: None) -> None:
+    assert tuning.configuration("op", 16, 576, 576, gpu="NVIDIA H100 80GB HBM3") is None
+    assert tuning.configuration("op", 16, 4096, 11008, gpu="NVIDIA H100 80GB HBM3") is None
 
 
 def test_nothing_is_known_of_other_gpus_and_operations(table: None) -> None:

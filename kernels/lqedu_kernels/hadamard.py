@@ -36,6 +36,7 @@ from lqedu_kernels.quantize import (
     Quantized,
     TokenGrid,
     check_grid,
+    largest_along,
     largest_of,
     low_byte,
     quantize_reference,
@@ -186,7 +187,7 @@ def _largest(b, PIECES: tl.constexpr):
     b_largest = tl.abs(b[0])
     for j in tl.static_range(1, PIECES):
         b_largest = largest_of(b_largest, tl.abs(b[j]))
-    return tl.reduce(b_largest, 1, largest_of)
+    return largest_along(b_largest, 1)
 
 
 @triton.jit
@@ -266,13 +267,13 @@ def _hadamard_kernel(
             TOKENS: tl.constexpr = USED // TOKEN
             b_largest = _largest(b_y, PIECES)
             if TOKENS == 1:
-                b_range = tl.reduce(b_largest, 0, largest_of)
+                b_range = largest_along(b_largest, 0)
                 if MORE:
-                    b_range = largest_of(b_range, tl.reduce(_largest(b_ym, PIECES), 0, largest_of))
+                    b_range = largest_of(b_range, largest_along(_largest(b_ym, PIECES), 0))
                 b_scale, b_factor = _scale(b_range, factor, clip_ratio, LARGEST)
                 tl.store(p_scale + tile, b_scale)
             else:
-                b_range = tl.reduce(tl.reshape(b_largest, (TOKENS, TOKEN)), 1, largest_of)
+                b_range = largest_along(tl.reshape(b_largest, (TOKENS, TOKEN)), 1)
                 b_scale, b_codes = _scale(b_range, factor, clip_ratio, LARGEST)
                 b_factor = tl.reshape(tl.broadcast_to(b_codes[:, None], (TOKENS, TOKEN)), (ROWS,))[:, None]
                 o_t = tile * TOKENS + tl.arange(0, TOKENS)

@@ -88,14 +88,15 @@ def split(length: int, stride: int = 1, *, pieces: int | None = None, token: int
         pieces = 1
         while stride == 1 and pieces < 4 and rest // pieces > max(64, m):
             pieces *= 2
+    if rest % pieces or (rest // pieces) % m or (stride > 1 and pieces > 1):
+        return None
     left, group = rest // pieces, 1 if token is None else token // (length * stride)
     fitting = max(1, 64 // (left * group))
     if token is not None and (left * group) & (left * group - 1):
         fitting = 1  # the kernel finds the scales of several tokens in a tile where their rows are powers of two
     used = left * group * fitting
     rows, more = (64, 0) if used <= 64 else (128, 0) if used <= 128 else (128, 64)
-    whole = left * pieces == rest and left % m == 0 and (stride == 1 or pieces == 1)
-    if not whole or columns < 16 or used > 192:
+    if columns < 16 or used > 192:
         return None
     if token is not None and stride > columns:
         return None

@@ -172,6 +172,14 @@ def smallest_of(a, b):
 
 
 @triton.jit
+def largest_along(b, axis: tl.constexpr):
+    """:func:`largest_of` along an axis; the interpreter is slow to reduce by a function of ours, and its maximum drops NaN."""
+    if INTERPRET:
+        return tl.where(tl.max((b != b).to(tl.int32), axis) > 0, float("nan"), tl.max(b, axis))
+    return tl.reduce(b, axis, largest_of)
+
+
+@triton.jit
 def quotient(x, s, inverse):
     """The IEEE quotient x / s of many x by one s, from ``inverse`` = the IEEE quotient 1 / s.
 
@@ -254,7 +262,7 @@ def _range(b_x, PIECES: tl.constexpr):
     b_lo, b_hi = b_x[0], b_x[0]
     for j in tl.static_range(1, PIECES):
         b_lo, b_hi = smallest_of(b_lo, b_x[j]), largest_of(b_hi, b_x[j])
-    return smallest_of(tl.reduce(b_lo, 1, smallest_of), 0.0), largest_of(tl.reduce(b_hi, 1, largest_of), 0.0)
+    return smallest_of(-largest_along(-b_lo, 1), 0.0), largest_of(largest_along(b_hi, 1), 0.0)
 
 
 @triton.jit
@@ -263,7 +271,7 @@ def _largest(b_x, PIECES: tl.constexpr):
     b_largest = tl.abs(b_x[0])
     for j in tl.static_range(1, PIECES):
         b_largest = largest_of(b_largest, tl.abs(b_x[j]))
-    return tl.reduce(b_largest, 1, largest_of)
+    return largest_along(b_largest, 1)
 
 
 @triton.jit

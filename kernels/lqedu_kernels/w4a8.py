@@ -31,7 +31,10 @@ the sum to float32, two products and the bias in float32, and the result once to
 """
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 import triton
@@ -205,31 +208,35 @@ def _row_of_pairs(o_tile):
 
 
 @triton.jit
-def _pairs_to_rows(b_pair):
+def _halves_to_columns(b_low, b_high):
+    """Two ``[.., n]`` to ``[.., 2, n]``, the low half first, still two registers side by side."""
+    b_both = tl.join(b_low, b_high)
+    return b_both.permute(0, 2, 1) if len(b_low.shape) == 2 else b_both.permute(0, 1, 3, 2)
+
+
+@triton.jit
+def _pairs_to_rows(b_pair, BATCH: tl.constexpr):
     """int32 ``[.., BN / 2]``, two 16-bit words each, to int32 ``[.., BN]``, one in the low half, in the order of the rows."""
-    BN: tl.constexpr = b_pair.shape[-1] * 2
-    if len(b_pair.shape) == 1:
-        b_pair = b_pair.reshape(BN // 16, 8)
-        return tl.join(b_pair & 0xFFFF, b_pair >> 16).permute(0, 2, 1).reshape(BN)
-    b_pair = b_pair.reshape(b_pair.shape[0], BN // 16, 8)
-    return tl.join(b_pair & 0xFFFF, b_pair >> 16).permute(0, 1, 3, 2).reshape(b_pair.shape[0], BN)
+    PAIRS: tl.constexpr = b_pair.shape[-1]
+    b_pair = b_pair.reshape(b_pair.shape[0], PAIRS // 8, 8) if BATCH else b_pair.reshape(PAIRS // 8, 8)
+    b_rows = _halves_to_columns(b_pair & 0xFFFF, b_pair >> 16)
+    return b_rows.reshape(b_rows.shape[0], 2 * PAIRS) if BATCH else b_rows.reshape(2 * PAIRS)
 
 
 @triton.jit
 def _unpack(b_w, b_pair, b_pair_high, FORM: tl.constexpr):
     """Packed ``[.., BN, 64]`` and words ``[.., BN / 2]`` of the groups of the two halves to int8 ``[.., BN, 128]``."""
+    BATCH: tl.constexpr = len(b_w.shape) == 3
     if FORM == "channel":
         b_low, b_high = _signed(b_w)
     elif FORM == "integer":
-        b_low, b_high = (
-            _by_integer(b_w, _pairs_to_rows(b_pair), False),
-            _by_integer(b_w, _pairs_to_rows(b_pair_high), True),
-        )
+        b_low = _by_integer(b_w, _pairs_to_rows(b_pair, BATCH), False)
+        b_high = _by_integer(b_w, _pairs_to_rows(b_pair_high, BATCH), True)
     else:
-        b_low, b_high = _by_ratio(b_w, _pairs_to_rows(b_pair), False), _by_ratio(b_w, _pairs_to_rows(b_pair_high), True)
-    if len(b_w.shape) == 2:  # neither moves a register
-        return tl.join(b_low, b_high).permute(0, 2, 1).reshape(b_w.shape[0], 128)
-    return tl.join(b_low, b_high).permute(0, 1, 3, 2).reshape(b_w.shape[0], b_w.shape[1], 128)
+        b_low = _by_ratio(b_w, _pairs_to_rows(b_pair, BATCH), False)
+        b_high = _by_ratio(b_w, _pairs_to_rows(b_pair_high, BATCH), True)
+    b_w8 = _halves_to_columns(b_low, b_high)  # moves no register, nor does the reshape
+    return b_w8.reshape(b_w.shape[0], b_w.shape[1], 128) if BATCH else b_w8.reshape(b_w.shape[0], 128)
 
 
 @triton.jit
@@ -238,10 +245,7 @@ def _scale_and_store(b_sum, b_x_scale, b_scale, p_zero, p_x_sum, p_bias, p_y, M,
     BN: tl.constexpr = b_sum.shape[0]
     BM: tl.constexpr = b_sum.shape[1]
     m_n, m_m = o_n < N, o_m < M
-    if FORM == "channel":
-        b_sum = b_sum >> 4
-    else:
-        b_sum = b_sum.reshape(BN // 16, 2, 8, BM).permute(0, 2, 1, 3).reshape(BN, BM)
+    b_sum = b_sum >> 4 if FORM == "channel" else b_sum.reshape(BN // 16, 2, 8, BM).permute(0, 2, 1, 3).reshape(BN, BM)
     if p_zero is not None:
         b_sum -= tl.load(p_zero + o_n, mask=m_n)[:, None] * tl.load(p_x_sum + o_m, mask=m_m)[None, :]
     b_y = b_sum.to(tl.float32) * b_scale[:, None] * b_x_scale[None, :]
@@ -328,8 +332,6 @@ def _tile_kernel(
     b_sum = tl.zeros((BN, BM), tl.int32)
     if AHEAD:
         tl.extra.cuda.gdc_wait()  # for the launch in front of this one, which may have made x
-    b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0).to(tl.float32)  # early: nobody waits for them
-    b_x_scale = tl.load(p_x_scale + o_m, mask=o_m < M, other=0)
     for block in range(0, blocks, B):
         for b in tl.static_range(B):
             # 2 Load 64 bytes of each weight row and 128 inputs of each token.
@@ -353,7 +355,9 @@ def _tile_kernel(
         p_t += B * 128
     if AHEAD:
         tl.extra.cuda.gdc_launch_dependents()
-    # 5 Scale and store.
+    # 5 Scale and store. Scales loaded earlier would cost registers that a second block on the multiprocessor needs.
+    b_scale = tl.load(p_scale + o_n, mask=o_n < N, other=0).to(tl.float32)
+    b_x_scale = tl.load(p_x_scale + o_m, mask=o_m < M, other=0)
     _scale_and_store(b_sum, b_x_scale, b_scale, p_zero, p_x_sum, p_bias, p_y, M, N, o_n, o_m, FORM)
 
 
@@ -389,17 +393,32 @@ def tile(
 def search_space(m: int, n: int, k: int) -> list[dict]:
     """Launches worth timing on an H100, best guesses first."""
     found = []
-    if m <= 64:
+    if m >= 64 and _hopper() is not None:
+        found += [{"kernel": "hopper", **c} for c in _hopper().search_space(m, n, k, torch.int8)[:8]]
+    if m <= 32:
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
-        found += [few(n, block_m, b, stages=t) for n in (32, 16, 64) for b, t in ((8, 4), (8, 3), (4, 4))]
-        found += [tile(64, max(16, min(64, block_m)), b, warps=4, stages=t) for b, t in ((1, 8), (2, 4))]
+        sizes = ((32, 4, 4), (16, 4, 5), (32, 2, 6), (16, 2, 6))
+        found += [few(n, block_m, b, stages=t, ahead=a) for a in (False, True) for n, b, t in sizes]
+    if m <= 64:
+        block_m = 16 if m <= 16 else 32
+        sizes = ((1, 8), (2, 4), (1, 6))
+        found += [tile(64, block_m, b, warps=4, stages=t, ahead=a) for a in (False, True) for b, t in sizes]
     if m > 16:
-        for block_n, block_m, blocks, warps, stages in (
-            (64, 64, 1, 4, 6), (128, 64, 1, 4, 4), (64, 128, 1, 4, 5), (64, 256, 1, 4, 3), (128, 128, 1, 8, 3),
-        ):  # fmt: skip
-            if block_m <= 2 * m:
-                found += [tile(block_n, block_m, blocks, warps=warps, stages=stages, group_m=g) for g in (2, 8)]
+        for block_n, block_m, warps, stages in ((64, 64, 4, 6), (128, 64, 4, 4), (64, 128, 4, 5)):
+            if block_m < 2 * m:
+                found += [tile(block_n, block_m, 1, warps=warps, stages=stages)]
+    if m > 128:
+        for block_n, block_m, warps, stages in ((64, 256, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4)):
+            found += [tile(block_n, block_m, 1, warps=warps, stages=stages, group_m=g) for g in (2, 8)]
     return found
+
+
+@functools.cache
+def _hopper() -> ModuleType | None:
+    """The Gluon kernels of ``hopper_w4``, where this version of Triton can import them."""
+    if INTERPRET or not triton.__version__.startswith("3.6."):
+        return None
+    return importlib.import_module("lqedu_kernels.hopper_w4")
 
 
 def w4a8_matmul(
@@ -443,6 +462,14 @@ def w4a8_matmul(
     form = "channel" if groups is None else "integer" if groups.dtype == torch.int16 else "ratio"
     name = "w4a8/channel" if groups is None else f"w4a8/{form}{group_size}"
     launch = dict(config or configuration(name, m, n, k, gpu=target.name) or default_config(m, n, k))
+    if launch["kernel"] == "hopper":
+        tensors = [x, codes, y] if groups is None else [x, codes, y, groups]
+        if _hopper() is not None and _hopper().available(target, *tensors):
+            return _hopper().w4a8(
+                x, x_scale, codes, scale, groups, zero, x_sum, bias, y,
+                group_size=group_size, config=launch, processors=target.processors,
+            )  # fmt: skip
+        launch = default_config(m, n, k)
     blocks = -(-k // BLOCK)
     tiles_m, tiles_n = -(-m // launch["BM"]), -(-n // launch["BN"])
     if launch.pop("kernel") == "few":

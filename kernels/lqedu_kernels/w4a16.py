@@ -19,13 +19,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lqedu_kernels import _tensors
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
-from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_programs
+from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_parts, sum_of_programs
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 BLOCK = 128  # inputs of a block; a group of 32, 64 or 128 never crosses one
 LANES = 32  # words of a block
+#: The language of :mod:`lqedu_kernels.hopper_w4` changes from one version of Triton to the next; this is its version.
+_HAS_GLUON = triton.__version__.startswith("3.6.") and not _tensors.INTERPRET
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -84,34 +87,51 @@ def operations(m: int, n: int, k: int) -> int:
 # --- launch configurations --------------------------------------------------------------------------------------------
 
 
-def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str]:
+def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str | bool]:
     """Where nothing was measured.
 
-    Keys: ``kernel`` "few" (slices blocks of inputs at a time, splits programs a tile) or "many" (``programs`` share the
-    tiles, 0: one a tile; group_m rows of tiles are walked together); block_m, block_n; warps, stages.
+    Keys: ``kernel`` "few" (``slices`` blocks of inputs at a time, ``splits`` programs a tile), "many" (``programs`` share the
+    tiles, 0: one a tile; group_m rows of tiles are walked together) or, from a file of measured configurations, "hopper"
+    with the keys of :mod:`lqedu_kernels.hopper_w4`; block_m, block_n; warps, stages.
     """
     if m <= 16:
-        block_m = 8 if m <= 8 else 16
-        tiles = -(-n // 32)
-        splits = 1 if tiles >= target.processors else 2
-        return dict(kernel="few", block_m=block_m, block_n=32, slices=4, splits=splits, warps=4, stages=3)
-    block_m = 32 if m <= 32 else 64 if m <= 64 else 128
-    tiles = -(-n // 128) * -(-m // block_m)
+        splits = 1 if 32 * target.processors <= n + 31 else 2
+        return dict(kernel="few", block_m=8 if m <= 8 else 16, block_n=32, slices=4, splits=splits, warps=4, stages=3)
+    if target.capability < (9, 0) or n % 16 or k % 8:  # loads by pointers, whose addresses take registers
+        block_m, block_n, warps = 32 if m <= 32 else 64, 64, 4
+    else:
+        block_m, block_n, warps = (32, 128, 4) if m <= 32 else (64, 128, 4) if m <= 256 else (128, 128, 8)
+    tiles = -(-n // block_n) * -(-m // block_m)
     programs = 0 if tiles >= target.processors else 2 * target.processors
-    return dict(
-        kernel="many",
-        block_m=block_m,
-        block_n=128,
-        warps=4 if block_m < 128 else 8,
-        stages=3,
-        group_m=8,
-        programs=programs,
-    )
+    return dict(kernel="many", block_m=block_m, block_n=block_n, warps=warps, stages=3, group_m=8, programs=programs)
 
 
 def search_space(m: int, n: int, k: int, target: Target) -> list[dict]:
     """Configurations worth timing at a shape, the likely best first; see :func:`default_config` for the keys."""
-    return [default_config(m, n, k, target)]
+    space = [default_config(m, n, k, target)]
+    if m <= 32:
+        block_m = 8 if m <= 8 else 16 if m <= 16 else 32
+        for block_n, slices, warps in (
+            ((32, 4, 4), (32, 2, 2), (16, 4, 2)) if m <= 8 else ((32, 4, 4), (32, 2, 2), (64, 2, 2))
+        ):
+            if m <= 16 or block_n == 32:
+                for splits in (1, 2, 4):
+                    space.append(dict(kernel="few", block_m=block_m, block_n=block_n, slices=slices, splits=splits, warps=warps, stages=3))  # fmt: skip
+    if m > 16:
+        sizes = ((32, 128),) if m <= 32 else ((64, 64), (64, 128)) if m <= 64 else ((64, 128), (128, 128))
+        for block_m, block_n in sizes:
+            for programs in {
+                0: None,
+                target.processors: None,
+                2 * target.processors: None,
+                3 * target.processors: None,
+            }:
+                space.append(dict(kernel="many", block_m=block_m, block_n=block_n, warps=4, stages=3, group_m=8, programs=programs))  # fmt: skip
+    if m > 32 and _HAS_GLUON and target.capability == (9, 0):
+        from lqedu_kernels import hopper_w4
+
+        space += [dict(kernel="hopper", **c) for c in hopper_w4.search_space(m, n, k, torch.float16)]
+    return [c for i, c in enumerate(space) if c not in space[:i]]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -227,23 +247,6 @@ def _group_rows(p, first, o_n, N, GROUPS, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _add_up(b_sum, p_partial, p_counter, tile, split, SPLITS: tl.constexpr):
-    """Hand in one of the SPLITS parts of a tile; the last to arrive gets their sum, always in the same order."""
-    ROWS: tl.constexpr = b_sum.shape[0]
-    COLUMNS: tl.constexpr = b_sum.shape[1]
-    o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    p_tile = p_partial + tile.to(tl.int64) * (SPLITS * ROWS * COLUMNS)
-    tl.store(p_tile + split * (ROWS * COLUMNS) + o, b_sum)
-    tl.debug_barrier()  # all threads have written before the program says so
-    last = tl.atomic_add(p_counter + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-    if last:
-        tl.store(p_counter + tile, 0)
-        o_split = tl.arange(0, SPLITS)[:, None, None] * (ROWS * COLUMNS)
-        b_sum = tl.sum(tl.load(p_tile + o_split + o[None, :, :], cache_modifier=".cg"), 0)
-    return b_sum, last
-
-
-@triton.jit
 def _few_kernel(
     p_x, p_words, p_scale, p_zero, p_bias, p_y, p_partial, p_counter,
     M, N, K, GROUPS,
@@ -270,6 +273,7 @@ def _few_kernel(
     first = (begin * SLICES + o_s[:, None]) * (128 // GROUP if GROUP else 0)
     scales = _group_rows(p_scale, first, o_n_in[None, :], N, GROUPS, GROUP)
     zeros = _group_rows(p_zero, first, o_n_in[None, :], N, GROUPS, GROUP)
+    minus_ones = tl.full((SLICES, BLOCK_N, 32), -1.0, dtype)
     b_sum = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(begin, end, num_stages=STAGES):
         # 2. Load: scales a step ahead, so that nobody waits for them; x beyond K is 0.
@@ -300,20 +304,20 @@ def _few_kernel(
                 odd = _dot(_code(words, q, dtype), xs[q], odd)
             else:
                 even = _dot(_code(words, q, dtype), xs[q], even)
-            # The product with a matrix of constant rows: -z times the sum of x, by a unit that is idle.
-            minus = _dot(tl.broadcast_to(to_dtype(-zeros[q], dtype)[:, :, None], words.shape), xs[q], minus)
+            # Minus the sum of x, in every row: the product with a matrix of -1, by a unit that is idle.
+            minus = _dot(minus_ones, xs[q], minus)
             if q == 3 or GROUP == 32 or (GROUP == 64 and q == 1):
                 b_sum += even * (scales[q] * _unit(0, dtype))[:, :, None]
                 if dtype == tl.float16:
                     b_sum += odd * (scales[q] * _unit(1, dtype))[:, :, None]
-                b_sum += minus * scales[q][:, :, None]
+                b_sum += minus * (scales[q] * zeros[q])[:, :, None]
                 even, odd, minus = fresh, fresh, fresh
         scales, zeros = next_scales, next_zeros
     # 4. Add up: over the warps, then over the programs that share the tile.
     b_sum = tl.sum(b_sum, 0)
     whole = True
     if SPLITS > 1:
-        b_sum, whole = _add_up(b_sum, p_partial, p_counter, tile, split, SPLITS)
+        b_sum, whole = sum_of_parts(b_sum, p_partial, p_counter, tile, split, SPLITS)
     # 5. Store.
     if whole:
         _store(b_sum, p_bias, p_y, o_m, o_n, M, N)
@@ -331,7 +335,7 @@ def _store(b_sum, p_bias, p_y, o_m, o_n, M, N):
 @triton.jit
 def _described_rows(d, n, first, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     """As :func:`_group_rows`, through a descriptor of [1, BLOCK_N]."""
-    if d is None:
+    if d is None:  # noqa: SIM108, the compiler needs both branches
         row0 = tl.full((BLOCK_N,), 8.0, tl.float32)
     else:
         row0 = d.load([first, n]).reshape((BLOCK_N,)).to(tl.float32)
@@ -454,6 +458,15 @@ def w4a16_matmul(
     float_zero = zero is not None and zero.is_floating_point()
     operation = _operation(x.dtype, group_size, float_zero)
     c = config or configuration(operation, m, n, k, gpu=target.name) or default_config(m, n, k, target)
+    if c["kernel"] == "hopper":
+        if _HAS_GLUON:
+            from lqedu_kernels import hopper_w4  # Gluon, which only this version of Triton can import
+
+            if hopper_w4.available(target, *(t for t in (x, words, y, scale, zero) if t is not None)):
+                return hopper_w4.w4a16(
+                    x, words, scale, zero, bias, y, group_size=group_size, config=c, processors=target.processors
+                )  # fmt: skip
+        c = default_config(m, n, k, target)
     block_m, block_n = c["block_m"], c["block_n"]
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     sizes = dict(GROUP=group_size or 0, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=c["stages"], num_warps=c["warps"])

@@ -1,14 +1,25 @@
-"""FP16 or BF16 activations times 4-bit weights: ``y[m, n] = sum_k x[m, k] * s[g, n] * (q[n, k] - z[g, n]) + b[n]``.
+"""W4A16: FP16 or BF16 activations times 4-bit weights, unpacked while they are loaded; chapter ``18-roofline``.
+
+    y[m, n] = sum_k x[m, k] s[g, n] (q[n, k] - z[g, n])  +  b[n],      g the group of input k
 
 Layout (``hopper_w4.py`` reads the same tensors):
 
-- ``words`` int16 ``[n, ceil(k / 128) * 32]``: word j of a block of 128 inputs holds the codes 0..15 of the inputs
-  j, j + 32, j + 64 and j + 96 in its bits 0-3, 4-7, 8-11 and 12-15. Inputs beyond k hold code 0 and are never counted.
+- ``words`` int16 ``[n, ceil(k / 128) * 32]``. Word j of a block of 128 inputs holds four codes, 0 to 15:
+
+      bits    15 .. 12   11 .. 8   7 .. 4   3 .. 0
+      input   j + 96     j + 64    j + 32   j            0 <= j < 32
+
+  so that one instruction unpacks the same quarter of two neighbouring words, and quarters multiply contiguous inputs of x.
+  Inputs beyond k hold code 0 and are never counted.
 - ``scale`` float16, bfloat16 or float32 ``[groups, n]``, *transposed*, so that the scales a block of outputs needs are
   neighbours in memory; ``groups = ceil(k / group_size)``, or 1 row per channel (``group_size=None``).
 - ``zero`` of the same shape: uint8 for integer zero points (GPTQ, AWQ), float16, bfloat16 or float32 for float ones
   (HQQ), or ``None`` for a symmetric grid, whose codes are stored plus 8: z = 8.
-- ``bias`` ``[n]`` in the dtype of x.
+- ``bias`` ``[n]``.
+
+Few tokens: codes are multiplied as they are, exactly; scales and zero points enter in float32, and y is rounded once. Many
+tokens: each weight is rounded once to the dtype of x, as if dequantized before. Sums are float32, in the same order at every
+launch. Bytes: n k / 2 and the groups, 2 m (k + n); operations: 2 m n k.
 """
 
 from collections.abc import Mapping

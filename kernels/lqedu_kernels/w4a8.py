@@ -123,7 +123,8 @@ def pack_groups(group_scale: Tensor, offset: Tensor) -> Tensor:
 
 def pack_ratios(ratio: Tensor) -> Tensor:
     """Float16 ratios ``[N, G]`` in the order of a kernel, ``[G, 8 ceil(N/8)]``: outputs side by side, filled up with 0."""
-    return torch.nn.functional.pad(ratio, (0, 0, 0, -len(ratio) % 8)).T.contiguous()
+    filled = torch.nn.functional.pad(ratio, (0, 0, 0, -len(ratio) % 8))
+    return filled.T.clone(memory_format=torch.contiguous_format)  # one group's row, too, gets the stride of a row
 
 
 def unpack_groups(groups: Tensor, n: int) -> tuple[Tensor, Tensor]:

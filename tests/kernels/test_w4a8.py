@@ -212,6 +212,12 @@ def test_zero_points(device: torch.device) -> None:
     assert torch.equal(y.cpu(), (((x - zx[:, None]) @ (q - 8).T).float() * 2.0**-6).half())
 
 
+def test_rows_of_groups_are_rows_of_16_bytes() -> None:
+    for n, g in ((1, 1), (8, 1), (13, 2)):
+        groups = pack_ratios(torch.ones(n, g, dtype=torch.float16))
+        assert groups.shape == (g, -(-n // 8) * 8) and groups.stride() == (groups.shape[1], 1)
+
+
 def test_bytes_of_a_word() -> None:
     q = torch.zeros(1, 256, dtype=torch.uint8)
     q[0, [1, 65, 128, 255]] = torch.tensor([5, 10, 15, 1], dtype=torch.uint8)

@@ -93,13 +93,15 @@ def operations(m: int, k: int, length: int | None = None) -> int:
 # --- launch configurations --------------------------------------------------------------------------------------------
 
 
-def default_config(m: int, length: int, target: Target, *, quantized: bool = False) -> dict[str, int | None]:
+def default_config(
+    m: int, length: int, target: Target, *, stride: int = 1, quantized: bool = False
+) -> dict[str, int | None]:
     """Where nothing was measured: four warps for 64 rows; programs that keep their tables where those are large.
 
     Keys: ``pieces`` (see :func:`split`; None: as few as leave 64 rows), ``warps``, ``stages`` of loads in flight, ``resident``
     programs a processor that share the tiles and keep their tables (0: one program a tile).
     """
-    s = split(length)
+    s = split(length, stride)
     if s is None:
         return dict(pieces=None, warps=4, stages=1, resident=0)
     pieces = None
@@ -117,7 +119,7 @@ def search_space(m: int, length: int, target: Target) -> list[dict[str, int | No
     space = [default_config(m, length, target), default_config(m, length, target, quantized=True)]
     for pieces in (1, 2, 4):
         s = split(length, pieces=pieces)
-        if s is None or not _fits(s, target):
+        if s is None or not _fits(s, 1, target):
             continue
         warps = 4 if s.rows == 64 or (s.more and s.pieces == 1) else 8
         most = max(1, 24576 // s.elements if warps == 4 else 32768 // s.elements)
@@ -127,11 +129,11 @@ def search_space(m: int, length: int, target: Target) -> list[dict[str, int | No
     return list({str(c): c for c in space}.values())
 
 
-def _fits(s: Split, target: Target) -> bool:
+def _fits(s: Split, stride: int, target: Target) -> bool:
     """Whether the tile and the tables fit shared memory, and the sums the registers."""
     ampere = target.capability in ((8, 0), (8, 7))
     shared = 166912 if ampere else 232448 if (9, 0) <= target.capability < (12, 0) else 101376
-    return s.shared <= shared and s.elements <= (32768 if target.capability >= (9, 0) else 16384)
+    return s.shared(stride) <= shared and s.elements <= (32768 if target.capability >= (9, 0) else 16384)
 
 
 # --- kernel -----------------------------------------------------------------------------------------------------------
@@ -396,11 +398,11 @@ def _configure(
 ) -> tuple[Mapping[str, int | None], Split | None]:
     """The configuration and what it makes of a vector; a measured one of another length may not fit this one."""
     m, k = x.shape
-    default = default_config(m, length, target, quantized=token is not None)
+    default = default_config(m, length, target, stride=stride, quantized=token is not None)
     measured = configuration(operation, m, k, k, gpu=target.name) if stride == 1 and length == k else None
     for c in (config, measured, default):
         s = split(length, stride, pieces=c["pieces"] if stride == 1 else None, token=token) if c else None
-        if s is not None and _fits(s, target) and s.elements <= 128 * 32 * c["warps"]:
+        if s is not None and _fits(s, stride, target) and s.elements <= 128 * 32 * c["warps"]:
             return c, s
         if c is config and config is not None and token is None:
             raise ValueError(

@@ -64,10 +64,9 @@ class Split(NamedTuple):
         """Elements of the tile, empty rows counted: as many float32 sums are in registers."""
         return (self.rows + self.more) * self.pieces * self.columns
 
-    @property
-    def shared(self) -> int:
-        """Bytes of the tile and both tables."""
-        return 2 * (self.elements + (self.rows + self.more) ** 2 + self.columns**2)
+    def shared(self, stride: int) -> int:
+        """Bytes of the tile and of the tables: L, and R unless the transform is strided."""
+        return 2 * (self.elements + (self.rows + self.more) ** 2 + (self.columns**2 if stride == 1 else 0))
 
 
 def split(length: int, stride: int = 1, *, pieces: int | None = None, token: int | None = None) -> Split | None:

@@ -31,7 +31,7 @@ from lqedu_kernels.tuning import configuration
 #: The largest code of each format.
 LARGEST: Mapping[str, int] = {"int8": 127, "int4": 7, "e4m3": 448}
 #: Longest token, in elements: a token is in registers from its first load to its last store.
-LONGEST = 65536
+LONGEST = 57344
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -137,7 +137,7 @@ def default_config(m: int, k: int, target: Target) -> dict[str, int]:
     piece = triton.next_power_of_2(k)
     while piece > 1024 and 8 * (-k % piece) > k:
         piece //= 2
-    warps = min(32, triton.next_power_of_2(triton.cdiv(k, 1792)))
+    warps = min(16, triton.next_power_of_2(triton.cdiv(k, 1792)))
     return dict(piece=piece, warps=warps, stages=1, resident=0)
 
 
@@ -189,7 +189,7 @@ def quotient(x, s, inverse):
     if INTERPRET:
         return x / s
     q = x * inverse
-    return tl.fma(tl.fma(-q, s, x), inverse, q)
+    return tl.fma(tl.fma(q, -s, x), inverse, q)
 
 
 @triton.jit
@@ -354,7 +354,7 @@ def quantize_tokens(
     """Codes and a scale for each token.
 
     Args:
-        x: float16, bfloat16 or float32 ``[M, K]``, K at most 65536; rows may be apart (a slice of columns).
+        x: float16, bfloat16 or float32 ``[M, K]``, K at most 57344; rows may be apart (a slice of columns).
         grid: the codes, and how the range of a token becomes its scale.
         sums: int32 sums of the codes too, which a zero point of the weight is multiplied with.
         config: a launch configuration, see :func:`default_config`; the measured one of this GPU if none is given.

@@ -114,7 +114,7 @@ def test_blocks_and_heads(k: int, length: int, stride: int, device: torch.device
 def test_two_launches_make_a_longer_transform(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from lqedu_kernels import hadamard
 
-    monkeypatch.setattr(hadamard, "_fits", lambda s, target: s.elements <= 8192)
+    monkeypatch.setattr(hadamard, "_fits", lambda s, stride, target: s.elements <= 8192)
     x = rows(1, 14336, torch.float16, device)
     want = fast_hadamard(x.double())
     y = hadamard_transform(x)

@@ -207,7 +207,7 @@ X = torch.zeros(3, 96, dtype=torch.float16)
     [
         (lambda x: quantize_tokens(x.int()), TypeError, "x must be float16, bfloat16 or float32, got int32"),
         (lambda x: quantize_tokens(x.tolist()), TypeError, "x must be a tensor, got list"),
-        (lambda x: quantize_tokens(x[0]), ValueError, "x must have shape [M, K] with K from 1 to 65536, got [96]"),
+        (lambda x: quantize_tokens(x[0]), ValueError, "x must have shape [M, K] with K from 1 to 57344, got [96]"),
         (lambda x: quantize_tokens(x[:, ::2]), ValueError, "x has elements 2 apart in a row: pass x.contiguous()"),
         (lambda x: quantize_tokens(x, TokenGrid("int2")), ValueError, "grid must be a TokenGrid of format"),
         (lambda x: quantize_tokens(x, TokenGrid("e4m3"), sums=True), ValueError, "no sums of codes"),

@@ -135,7 +135,7 @@ def test_whole_numbers_are_exact(config: dict, dtype: torch.dtype, device: torch
 
 
 @pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 7, 33), (2, 65, 100), (9, 50, 130), (17, 33, 256)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 7, 33), (2, 65, 100), (17, 33, 256)])
 def test_ragged_shapes_and_bias(m: int, n: int, k: int, config: dict, device: torch.device) -> None:
     a = problem(m, n, k, 32, torch.uint8, torch.float16, device)
     for bias in (None, torch.linspace(-1, 1, n, device=device), torch.linspace(-1, 1, n, device=device).half()):

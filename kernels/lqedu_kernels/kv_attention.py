@@ -193,6 +193,26 @@ def _by_field(p, FIELDS: tl.constexpr):
     return fields
 
 
+@triton.jit
+def _over_pages(y):
+    """Sum over the pages ``[P, D, R]``: each thread gets all P of its elements at once, which ``tl.sum`` would not do."""
+    P: tl.constexpr = y.shape[0]
+    y = y.permute(1, 2, 0)
+    if P > 1:
+        y = _halved(y)
+    if P > 2:
+        y = _halved(y)
+    if P > 4:
+        y = _halved(y)
+    return y.reshape(y.shape[0], y.shape[1])
+
+
+@triton.jit
+def _halved(y):
+    a, b = y.reshape(y.shape[0], y.shape[1], y.shape[2] // 2, 2).split()
+    return a + b
+
+
 @triton.jit(do_not_specialize=["heads", "table_width", "pages_per_split"])  # one compilation for all of them
 def _split_kernel(
     p_query, p_key_codes, p_key_numbers, p_value_codes, p_value_numbers, p_table, p_lengths, p_y, p_partial, p_state,
@@ -215,29 +235,36 @@ def _split_kernel(
     UNIT_V: tl.constexpr = 256.0 if VALUE == "fp8" else 16777216.0
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()  # the sum's programs may take their places and wait there
-    # 1. Place.
+    # 1. Place; lengths and queries are asked for at once.
     place = tl.program_id(0)  # sequence * heads + head
     head = place % heads
     sequence = place // heads
     length = tl.load(p_lengths + sequence)
     first = tl.program_id(1) * pages_per_split
-    last = tl.minimum(first + pages_per_split, tl.cdiv(length, 64))
-    if not WHOLE and first >= last:
-        return
     o_p = tl.arange(0, P)
+    p_page = p_table + sequence * table_width + o_p
+    page = tl.load(p_page + first, mask=first + o_p < table_width, other=0)
     o_r = tl.program_id(2) * R + tl.arange(0, R)
     m_r = o_r < ROWS
-    # 2. Queries as columns, scaled by a power of two so that the largest lies in 2^8 .. 2^9 and float16 holds all exactly.
     o_w = tl.arange(0, W2)
     m_q = (o_w < W)[None, :, None] & m_r[None, None, :]
     p_q = p_query + (place.to(tl.int64) * ROWS + o_r)[None, None, :] * D + o_w[None, :, None] + o_p[:, None, None] * 0
-    x0 = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32)  # [P, W, R], the same for each page
-    x1 = tl.load(p_q + W, mask=m_q, other=0.0).to(tl.float32)
+    x0 = tl.load(p_q, mask=m_q, other=0.0)  # [P, W, R], the same for each page
+    x1 = tl.load(p_q + W, mask=m_q, other=0.0)
+    if FK == 4:
+        x2 = tl.load(p_q + 2 * W, mask=m_q, other=0.0)
+        x3 = tl.load(p_q + 3 * W, mask=m_q, other=0.0)
+    last = tl.minimum(first + pages_per_split, tl.cdiv(length, 64))
+    if not WHOLE and first >= last:
+        return
+    # 2. Queries as columns, scaled by a power of two so that the largest lies in 2^8 .. 2^9 and float16 holds all exactly.
+    x0 = x0.to(tl.float32)
+    x1 = x1.to(tl.float32)
     largest = tl.maximum(tl.abs(x0), tl.abs(x1))
     total = tl.sum(x0 + x1, 1)
     if FK == 4:
-        x2 = tl.load(p_q + 2 * W, mask=m_q, other=0.0).to(tl.float32)
-        x3 = tl.load(p_q + 3 * W, mask=m_q, other=0.0).to(tl.float32)
+        x2 = x2.to(tl.float32)
+        x3 = x3.to(tl.float32)
         largest = tl.maximum(largest, tl.maximum(tl.abs(x2), tl.abs(x3)))
         total += tl.sum(x2 + x3, 1)
     exponent = tl.max(tl.max(largest, 1), 1).to(tl.int32, bitcast=True) >> 23
@@ -262,7 +289,8 @@ def _split_kernel(
     y = tl.zeros([P, D2, R], tl.float32)
     for i in range(first, last, P):
         m_p = i + o_p < last
-        page = tl.load(p_table + sequence * table_width + i + o_p, mask=m_p, other=0).to(tl.int64) * heads + head
+        following = tl.load(p_page + i + P, mask=i + P + o_p < last, other=0)
+        page = page.to(tl.int64) * heads + head
         token = (i + o_p)[:, None] * 64 + o_t[None, :]
         o_n = page[:, None] * 64 + o_t[None, :]
         key_numbers = tl.load(p_key_numbers + o_n, mask=token < length, other=0)  # [P, 64]
@@ -300,12 +328,13 @@ def _split_kernel(
         v = _fields(value_words, VALUE)
         for n in tl.static_range(FV):
             y = tl.dot(v[n], weights[n], y)
+        page = following
     # 4. The warps' results as one, as the splits' below.
     y = y * UNIT_V - offset[:, None, :]
     top = tl.max(m, 0)
     shrink = _exp2(m - top[None, :])
     l = tl.sum(l * shrink, 0)  # noqa: E741
-    y = tl.sum(y * shrink[:, None, :], 0)  # [D, R]
+    y = _over_pages(y * shrink[:, None, :])  # [D, R]
     # 5. Store the result, or this split's share of it.
     m_y = (o_d < D)[:, None] & m_r[None, :]
     if WHOLE:

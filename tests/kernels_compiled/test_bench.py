@@ -34,6 +34,7 @@ def test_every_case_compiles(name: str) -> None:
             for config in case.candidates[-1:]:
                 case.configured(config)[0]()
             assert len(case.kernels) > 1 and case.nbytes > 0
+            case.reference()
             seen.add(case.operation)
     assert seen and all(operation.split("/")[0] == name for operation in seen)
 

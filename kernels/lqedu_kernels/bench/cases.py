@@ -24,6 +24,7 @@ class Case:
         lookup: ``(m, n, k)`` under which the operation looks its launch configuration up.
         candidates: launch configurations worth timing.
         configured: our calls under a given configuration.
+        reference: what our call must return (its first tensor, where it returns several), by the definition in plain torch.
     """
 
     operation: str
@@ -35,6 +36,7 @@ class Case:
     lookup: tuple[int, int, int] = (0, 0, 0)
     candidates: Sequence[Mapping[str, object]] = ()
     configured: Callable[[Mapping[str, object]], Sequence[Call]] | None = field(default=None, repr=False)
+    reference: Call | None = field(default=None, repr=False)
 
 
 #: A family: the device and the wanted variant (``None``: all) -> its cases, one after another, so that memory is reused.

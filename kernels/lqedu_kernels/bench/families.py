@@ -45,6 +45,9 @@ def _w4a16(device: torch.device, variant: str | None) -> Iterator[Case]:
                 zero = w[2] if len(w) > 2 else None
                 return w4a16.w4a16_matmul(x[0], w[0], w[1], zero, group_size=group, config=config)
 
+            def reference(x: Operands, w: Operands, group: int | None = group) -> object:
+                return w4a16.w4a16_reference(x[0], w[0], w[1], w[2] if len(w) > 2 else None, group_size=group)
+
             for m in ROWS:
                 x = (make.normal(m, k).to(dtype),)
                 kernels = {FP16: [lambda w=w, x=x: x[0] @ w[0].T for w in dense]}
@@ -53,7 +56,7 @@ def _w4a16(device: torch.device, variant: str | None) -> Iterator[Case]:
                 yield _case(
                     operation, m, n, k, x, weights, call, kernels, FP16_CEILING,
                     w4a16.bytes_moved(m, n, k, group, 0 if zero is None else zero.element_size()),
-                    w4a16.search_space(m, n, k, target_of(x[0], "x")),
+                    w4a16.search_space(m, n, k, target_of(x[0], "x")), reference,
                 )  # fmt: skip
 
 
@@ -75,14 +78,18 @@ def _w4a8(device: torch.device, variant: str | None) -> Iterator[Case]:
                 groups = w[2] if len(w) > 2 else None
                 return w4a8.w4a8_matmul(x[0], x[1], w[0], w[1], groups=groups, group_size=group or 128, config=config)
 
+            def reference(x: Operands, w: Operands, group: int | None = group) -> object:
+                groups = w[2] if len(w) > 2 else None
+                return w4a8.w4a8_reference(x[0], x[1], w[0], w[1], groups=groups, group_size=group or 128)
+
             for m in ROWS:
                 x = (make.integers(-127, 128, m, k).to(torch.int8), make.uniform(m, low=0.01, high=0.03))
                 half = make.normal(m, k).half()
                 kernels = {FP16: [lambda w=w, half=half: half @ w[0].T for w in dense]}
                 nbytes = w4a8.bytes_moved(m, n, k, group_size=group)
                 yield _case(
-                    operation, m, n, k, x, weights, call, kernels, INT8_CEILING, nbytes, w4a8.search_space(m, n, k)
-                )
+                    operation, m, n, k, x, weights, call, kernels, INT8_CEILING, nbytes, w4a8.search_space(m, n, k), reference
+                )  # fmt: skip
 
 
 def _w4a8_weight(operation: str, group: int | None, make: "_Random", n: int, k: int) -> list[Operands]:
@@ -107,6 +114,9 @@ def _w8a8(device: torch.device, variant: str | None) -> Iterator[Case]:
             def call(x: Operands, w: Operands, config: object = None) -> object:
                 return w8a8.w8a8_matmul(x[0], x[1], w[0], w[1], config=config)
 
+            def reference(x: Operands, w: Operands) -> object:
+                return w8a8.w8a8_reference(x[0], x[1], w[0], w[1])
+
             for m in ROWS:
                 x = (make.integers(-127, 128, m, k).to(torch.int8), make.uniform(m, 1, low=0.01, high=0.03))
                 half = make.normal(m, k).half()
@@ -127,6 +137,7 @@ def _w8a8(device: torch.device, variant: str | None) -> Iterator[Case]:
                     INT8_CEILING,
                     w8a8.bytes_moved(m, n, k),
                     w8a8.search_space(m, n, k, target_of(x[0], "x")),
+                    reference,
                 )
 
 
@@ -140,6 +151,9 @@ def _fp8(device: torch.device, variant: str | None) -> Iterator[Case]:
 
             def call(x: Operands, w: Operands, config: object = None) -> object:
                 return fp8.fp8_matmul(x[0], x[1], w[0], w[1], config=config)
+
+            def reference(x: Operands, w: Operands) -> object:
+                return fp8.fp8_reference(x[0], x[1], w[0], w[1])
 
             for m in ROWS:
                 scales = {"fp8/tensor": (1, 1), "fp8/token": (m, 1), "fp8/block": (m, -(-k // 128))}[operation]
@@ -157,8 +171,9 @@ def _fp8(device: torch.device, variant: str | None) -> Iterator[Case]:
                     call,
                     kernels,
                     FP8_CEILING,
-                    fp8.bytes_moved(m, n, k),
+                    fp8.bytes_moved(m, n, k, blocks=operation == "fp8/block"),
                     fp8.search_space(m, n, k, target_of(x[0], "x"), blocks=operation == "fp8/block"),
+                    reference,
                 )
 
 
@@ -182,6 +197,8 @@ def _steps(device: torch.device, variant: str | None) -> Iterator[Case]:
     codes = make.codes(n, k)
     scale = make.uniform(k // steps.GROUP, n, low=0.002, high=0.01).half()
     zero = make.integers(1, 15, k // steps.GROUP, n).half()
+    group = torch.arange(k, device=device) // steps.GROUP
+    exact = (codes.float() - zero.float()[group].T) * scale.float()[group].T
     dense = _copies(make.normal(n, k).half())
     for name, (_, pack) in steps.STEPS.items():
         operation = f"steps/{name}"
@@ -195,7 +212,9 @@ def _steps(device: torch.device, variant: str | None) -> Iterator[Case]:
                 FP16: [lambda w=w, x=x: x @ w[0].T for w in dense],
             }
             nbytes = w4a16.bytes_moved(m, n, k, steps.GROUP, 2)
-            yield Case(operation, {"m": m, "n": n, "k": k}, kernels, nbytes, 2 * m * n * k, FP16_CEILING)
+            work = 2 * m * n * k
+            sizes = {"m": m, "n": n, "k": k}
+            yield Case(operation, sizes, kernels, nbytes, work, FP16_CEILING, reference=lambda x=x: x.float() @ exact.T)
 
 
 FAMILIES: dict[str, Family] = {
@@ -209,14 +228,18 @@ FAMILIES: dict[str, Family] = {
 
 def _case(
     operation: str, m: int, n: int, k: int, x: Operands, weights: Sequence[Operands], call: Callable[..., object],
-    kernels: Mapping[str, Sequence[Call]], ceiling: str, nbytes: int, space: list[dict],
+    kernels: Mapping[str, Sequence[Call]], ceiling: str, nbytes: int, space: list[dict], reference: Callable[..., object],
 ) -> Case:  # fmt: skip
     def configured(config: Mapping[str, object] | None) -> Sequence[Call]:
         return [lambda w=w: call(x, w, config) for w in weights]
 
     ours = {OURS: configured(None)}
     sizes = {"m": m, "n": n, "k": k}
-    return Case(operation, sizes, ours | dict(kernels), nbytes, 2 * m * n * k, ceiling, (m, n, k), space, configured)
+    operations = 2 * m * n * k
+    return Case(
+        operation, sizes, ours | dict(kernels), nbytes, operations, ceiling, (m, n, k), space, configured,
+        lambda: reference(x, weights[0]),
+    )  # fmt: skip
 
 
 def _wanted(variants: Mapping[str, object], variant: str | None) -> list[tuple[str, object]]:

@@ -38,7 +38,8 @@ def hadamard_cases(device: torch.device, variant: str | None) -> Iterator[Case]:
 
                 kernels = {COPY: _copy(device, nbytes)}
                 space = hadamard.search_space(m, n, target_of(xs[0], "x"))
-                yield _case(operation, {"m": m, "k": n}, xs, run, kernels, nbytes, (m, n, n), space)
+                reference = hadamard.hadamard_quantize_reference if fused else hadamard.hadamard_reference
+                yield _case(operation, {"m": m, "k": n}, xs, run, kernels, nbytes, (m, n, n), space, reference)
 
 
 def quantize_cases(device: torch.device, variant: str | None) -> Iterator[Case]:
@@ -63,10 +64,13 @@ def quantize_cases(device: torch.device, variant: str | None) -> Iterator[Case]:
                         return quantize.rmsnorm_quantize(x, w, eps=1e-5, residual=other, config=config)
                     return quantize.silu_quantize(x, other, config=config)
 
+                def reference(pair: tuple[Tensor, Tensor], kind: str = kind, w: Tensor = weight) -> object:
+                    return _eager(kind, pair, w)
+
                 eager = [lambda pair=pair, kind=kind, w=weight: _eager(kind, pair, w) for pair in pairs]
                 kernels = {COPY: _copy(device, nbytes), EAGER: eager}
                 space = quantize.search_space(m, k, target_of(xs[0], "x"))
-                yield _case(operation, {"m": m, "k": k}, pairs, run, kernels, nbytes, (m, k, k), space)
+                yield _case(operation, {"m": m, "k": k}, pairs, run, kernels, nbytes, (m, k, k), space, reference)
 
 
 def _eager(kind: str, pair: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, ...]:
@@ -107,6 +111,11 @@ def attention_cases(device: torch.device, variant: str | None) -> Iterator[Case]
             ) -> object:
                 return kv_attention.kv_attention(q, cache[0], cache[1], t, n, config=config)
 
+            def reference(
+                cache: tuple[Pages, Pages], q: Tensor = query, t: Tensor = table, n: Tensor = lengths
+            ) -> object:
+                return kv_attention.kv_attention_reference(q, cache[0], cache[1], t, n)
+
             dense = [
                 tuple(torch.randn(batch, kv_heads, length, size, device=device, dtype=torch.float16) for _ in range(2))
                 for _ in range(copies_for(4 * batch * length * kv_heads * size, most=16))
@@ -116,7 +125,7 @@ def attention_cases(device: torch.device, variant: str | None) -> Iterator[Case]
             programs = batch * kv_heads * -(-(heads // kv_heads) // columns)
             space = kv_attention.search_space(programs, length // PAGE)
             sizes = {"batch": batch, "context": length}
-            yield _case(operation, sizes, caches, run, kernels, nbytes, (programs, length, size), space)
+            yield _case(operation, sizes, caches, run, kernels, nbytes, (programs, length, size), space, reference)
             del caches, dense
 
 
@@ -148,11 +157,13 @@ def _pages(
 def _case(
     operation: str, sizes: Mapping[str, int], inputs: Sequence[object], run: Callable[..., object],
     kernels: Mapping[str, Sequence[Call]], nbytes: int, lookup: tuple[int, int, int], space: list[dict],
+    reference: Callable[..., object],
 ) -> Case:  # fmt: skip
     def configured(config: Mapping[str, object] | None) -> Sequence[Call]:
         return [lambda x=x: run(x, config) for x in inputs]
 
-    return Case(operation, sizes, {OURS: configured(None)} | dict(kernels), nbytes, 0, None, lookup, space, configured)
+    kernels = {OURS: configured(None)} | dict(kernels)
+    return Case(operation, sizes, kernels, nbytes, 0, None, lookup, space, configured, lambda: reference(inputs[0]))
 
 
 def _wanted(operations: Sequence[str], variant: str | None) -> list[str]:

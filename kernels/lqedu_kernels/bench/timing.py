@@ -7,6 +7,8 @@ import torch
 
 #: Weight copies together are at least this large; the L2 cache of an H100 holds 50 MB.
 ROTATION_BYTES = 300 * 2**20
+#: Replays are thrown away until this much work has been done.
+WARM_SECONDS = 0.01
 
 
 def copies_for(nbytes: int, *, most: int = 64) -> int:
@@ -22,7 +24,7 @@ def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 20) -> l
 
     Args:
         calls: at least one; each must be capturable and must already have run once (compilation is not timed).
-        replays: samples wanted, after three that are thrown away.
+        replays: samples wanted, after a few that are thrown away: clocks need milliseconds of work to rise.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -34,16 +36,21 @@ def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 20) -> l
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    samples = []
-    for replay in range(replays + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 3:
-            samples.append(start.elapsed_time(end) / 1e3 / len(calls))
+    warm, samples = [], []
+    while len(warm) < 3 or (sum(warm) * len(calls) < WARM_SECONDS and len(warm) < 200):
+        warm.append(_replay(graph, len(calls)))
+    for _ in range(replays):
+        samples.append(_replay(graph, len(calls)))
     return samples
+
+
+def _replay(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def median_time(calls: Sequence[Callable[[], object]], *, replays: int = 20) -> float:

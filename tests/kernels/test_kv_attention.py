@@ -211,10 +211,15 @@ def test_pages_hold_the_records_of_lqedu(zero_point, device):
 
 
 def test_configurations():
-    assert default_config(256, 128, processors=132) == {"pages_per_split": 64, "num_warps": 2, "num_stages": 5}
-    assert default_config(8, 128, processors=132)["pages_per_split"] == 2
-    assert default_config(8, 1, processors=132) == {"pages_per_split": 1, "num_warps": 1, "num_stages": 5}
-    assert default_config(8, 128, processors=132, page_bytes=33280)["num_warps"] == 1
+    def default(*sizes, **options):
+        return tuple(default_config(*sizes, processors=132, **options).values())
+
+    assert default(512, 128) == (128, 1, 3)
+    assert default(256, 128) == (128, 2, 3)  # 512 warps for 528 schedulers, and no splits
+    assert default(64, 128) == (64, 4, 3)
+    assert default(8, 128) == (8, 4, 3)
+    assert default(8, 1) == (1, 1, 3)
+    assert default(8, 128, page_bytes=33280)[1] == default(8, 128, columns=16)[1] == 1
     for programs, pages in ((8, 16), (64, 128), (256, 128), (512, 512)):
         space = search_space(programs, pages)
         assert space[0] == default_config(programs, pages, processors=132) and len(space) <= 30

@@ -62,7 +62,7 @@ def loop(kernel: Compiled) -> list[str]:
 @pytest.mark.parametrize("warps", [1, 4])
 def test_instructions_of_a_page(warps):
     """A page of Llama-3-8B in 4 bits: 16384 codes, 512 a thread; the counts that the notes reason with."""
-    config = {"pages_per_split": 8, "num_warps": warps, "num_stages": 5}
+    config = {"pages_per_split": 8, "num_warps": warps, "num_stages": 3}
     split, _ = attention(("kv4", "kv4"), 32, 128, 1, 128, (9, 0), config=config)
     body = loop(split)
     count = lambda name: sum(i.startswith(name) for i in body)  # noqa: E731
@@ -70,7 +70,7 @@ def test_instructions_of_a_page(warps):
     assert count("BAR") <= 2  # warps do not exchange anything, they only wait for their copies
     assert count("LOP3") + count("SHF") <= 256 + 64 + 100  # 4 + 1 for each of 64 registers of codes
     assert len(body) <= 1050  # two instructions a code: at most 2/5 of what the memory leaves time for
-    assert count("LDG.") == 0  # all loads are asynchronous copies
+    assert count("LDG.") <= 3  # all but the next page's number, once for each of three layouts, are asynchronous copies
 
 
 def test_whole_sequences_need_no_sum():

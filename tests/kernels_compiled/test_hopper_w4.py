@@ -111,9 +111,3 @@ def test_the_loop_is_short_and_keeps_products_under_way(kind: str, most: int) ->
         line.endswith(f"gsb0, {'0x2' if int8 else '0x4'} ") or f"0x{2 if int8 else 4}" in line for line in waits
     )
     assert not any(line.startswith(("LDL", "STL", "STS")) for line in body)
-
-
-def test_candidates_compile() -> None:
-    for dtype, kind in ((torch.int8, "integer"), (torch.float16, "float16")):
-        for config in hopper_w4.search_space(256, N, K, dtype):
-            check(compiled(kind, config), config["warps"])

@@ -49,11 +49,12 @@ def _scales(rows: int, runs: int, generator: torch.Generator) -> Tensor:
 
 
 def _assert_close(y: Tensor, again: Tensor, want: Tensor, bound: float) -> None:
-    """Every row and every column, by the norm of its error."""
+    """Both runs alike; every row and column within a bound relative to outputs of ordinary size (scales differ by three)."""
     assert torch.equal(y, again)
-    error = (y.double() - want.double()).nan_to_num(nan=float("inf"))
+    error = (y.double() - want.double()).square().nan_to_num(nan=float("inf"))
+    ordinary = want.double().square().mean().sqrt()
     for axis in (0, 1):
-        assert (error.norm(dim=axis) <= bound * want.double().norm(dim=axis)).all()
+        assert error.mean(dim=axis).sqrt().max() <= 3 * bound * ordinary
 
 
 @pytest.mark.parametrize("lead", [0, 2])
@@ -115,5 +116,5 @@ def test_float8_blocks(
 
 def test_refusals(generator: torch.Generator) -> None:
     x, w, one = _e4m3(16, 256, generator), _e4m3(256, 256, generator), torch.ones(1, 1, device="cuda")
-    with pytest.raises(ValueError, match="must not|whole blocks"):
+    with pytest.raises(ValueError, match="whole blocks"):
         fp8_matmul(x, _scales(16, 2, generator), w, one, config=_config(128, 192, 2))

@@ -5,18 +5,20 @@ they run compute-bound. Hopper's ``wgmma`` reads its first operand from register
 memory only. So the product is transposed, ``y^T [N, M] = W [N, K] x^T [K, M]``: weights go from shared memory to registers,
 are unpacked there and never written back.
 
-One block of threads on each multiprocessor takes tiles of ``BLOCK_N`` outputs x ``BLOCK_M`` tokens in turn and splits into
+Blocks of threads, one or two a multiprocessor, take tiles of ``block_n`` outputs x ``block_m`` tokens in turn. A block is
 
 - a *producer* (one warp): asks the TMA unit for the next block of 128 inputs of w, x and group scales, into a ring of
-  ``STAGES`` buffers, as soon as a buffer is empty;
-- *consumers* (two warpgroups, half of the tile's outputs each): unpack step k + 1 while the products of step k run.
+  ``stages`` buffers, as soon as a buffer is empty;
+- *consumers* (``warps`` 8: two warpgroups, half of the outputs each; 4: one, and a second block of threads beside it, whose
+  products fill the time in which this one scales and stores): unpack block k + 1 while the products of block k run.
 
       producer    load 4   load 5   load 6   ...
       registers   unpack 2      unpack 3      unpack 4
       tensor core      multiply 1    multiply 2    multiply 3
 
-A loop iteration is two steps with registers of their own: the products of a step read its registers until they are done.
-Inputs beyond K are zero (TMA fills them in), so steps are counted up to an even number. Integer sums are exact, so are
+A loop iteration, a *step*, is two blocks with registers of their own: products read their registers until they are done.
+y^T is turned around in shared memory, in the buffers of the tile's last blocks, which the producer gets back when y has left.
+Inputs beyond K are zero (TMA fills them in), so blocks are counted up to an even number. Integer sums are exact, so are
 the codes of all formats; W4A16 rounds each weight (q - z) s to the dtype of x as the twin does.
 """
 
@@ -59,25 +61,20 @@ def search_space(m: int, n: int, k: int, dtype: torch.dtype) -> list[dict]:
     small, middle, big = (10, 8, 5) if dtype == torch.int8 else (8, 5, 3)  # stages that fill shared memory
     shapes = [(256, 8, big), (128, 8, middle), (64, 8, small)]
     if dtype == torch.int8:
-        shapes.insert(
-            0, (128, 4, 4)
-        )  # weights of 16 bits in 128 rows a warpgroup would be more registers than there are
+        shapes.insert(0, (128, 4, 4))  # 128 rows of 16-bit weights a warpgroup would be more registers than there are
     found = []
     for share in (False, True):
         for block_m, warps, stages in shapes:
             left = triton.cdiv(m, block_m) * triton.cdiv(n, 128) % 132
-            if (
-                (block_m == 64 or block_m < 2 * m)
-                and (block_m > 64 or m <= 256)
-                and (not share or (warps == 8 and 0 < left <= 66))
-            ):
+            fits = (block_m == 64 or block_m < 2 * m) and (block_m > 64 or m <= 256)
+            if fits and (not share or (warps == 8 and 0 < left <= 66)):
                 for group_m in (8, 16) if m > 8 * block_m and not share else (8,):
                     tile = {"block_n": 128, "block_m": block_m, "warps": warps, "stages": stages}
                     found.append(tile | {"group_m": group_m, "share": share})
     return found
 
 
-# ---- unpacking: part P of the words of a step, [BLOCK_N, 64 or 32] ---------------------------------------------------------
+# ---- unpacking: part P of the words of a block, [BLOCK_N, 64 or 32] ---------------------------------------------------------
 # A part is a run of neighbouring inputs. All steps below work on whole 32-bit registers: 4 weights of 8, 2 of 16 bits.
 
 
@@ -227,8 +224,8 @@ def _part(q, xs, ss, zs, stage, P: gl.constexpr, PARTS: gl.constexpr, KIND: gl.c
 
 
 @gluon.jit
-def _step(acc, use_acc, xs, ws, ss, zs, full, stage, phase, KIND: gl.constexpr, A: gl.constexpr):
-    """Unpack one step and queue its products; those of the step before are complete when this returns."""
+def _block(acc, use_acc, xs, ws, ss, zs, full, stage, phase, KIND: gl.constexpr, A: gl.constexpr):
+    """Unpack one block and queue its products; those of the block before are complete when this returns."""
     PARTS: gl.constexpr = 2 if xs.dtype == gl.int8 else 4
     WIDTH: gl.constexpr = xs.shape[2] // PARTS
     mbarrier.wait(full.index(stage), phase)
@@ -244,9 +241,7 @@ def _step(acc, use_acc, xs, ws, ss, zs, full, stage, phase, KIND: gl.constexpr, 
 
 
 @gluon.jit
-def _finish(
-    acc, buffer, y_desc, p_x_scale, p_x_sum, scale, zero, bias, p_bias, m, n, M, KIND: gl.constexpr, H: gl.constexpr
-):
+def _finish(acc, buffer, y_desc, p_x_scale, p_x_sum, scale, zero, bias, p_bias, m, n, M, KIND: gl.constexpr, H: gl.constexpr):  # fmt: skip
     """Scale sums of BLOCK_N outputs x some tokens from m on, and send them to y by way of a buffer of the ring."""
     acc = gl.convert_layout(acc, H, assert_trivial=True)
     o_m = m + gl.arange(0, acc.shape[1], gl.SliceLayout(0, H))
@@ -298,13 +293,12 @@ def _consume(xs, ws, ss, zs, full, empty, y_desc, p_x_scale, p_scale, p_zero, p_
     BN: gl.constexpr = ws.shape[1]
     INT8: gl.constexpr = xs.dtype == gl.int8
     WARPS: gl.constexpr = gl.num_warps()
+    # Layouts: of the sums, of a weight operand, and of what is stored at a time. Triton multiplies int8 by 128 tokens at most.
     C: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [WARPS, 1], [16, 128 if INT8 and BM > 128 else BM, 32 if INT8 else 16]
+        [3, 0], [WARPS, 1], [16, min(BM, 128) if INT8 else BM, 32 if INT8 else 16]
     )
     A: gl.constexpr = gl.DotOperandLayout(0, C, 4 if INT8 else 2)
-    H: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [WARPS, 1], [16, BM // 2 if INT8 else BM, 32 if INT8 else 16]
-    )  # of what is stored
+    H: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM // 2 if INT8 else BM, 32 if INT8 else 16])
     stage, phase = 0, 0
     even, odd = 0, 0  # buffers of the last two blocks
     acc = gl.zeros([BN, BM], gl.int32 if INT8 else gl.float32, C)
@@ -312,7 +306,7 @@ def _consume(xs, ws, ss, zs, full, empty, y_desc, p_x_scale, p_scale, p_zero, p_
     for i in range(items):
         tile, low, high = _place(i, shared, part, splits, steps_k)
         for step in range(low, high):
-            acc = _step(acc, step > low, xs, ws, ss, zs, full, stage, phase, KIND, A)
+            acc = _block(acc, step > low, xs, ws, ss, zs, full, stage, phase, KIND, A)
             if step > low:
                 mbarrier.arrive(empty.index(odd), count=1)
             elif i > 0:  # y of the tile before has left its buffers
@@ -322,7 +316,7 @@ def _consume(xs, ws, ss, zs, full, empty, y_desc, p_x_scale, p_scale, p_zero, p_
                 mbarrier.arrive(empty.index(odd), count=1)
             even = stage
             stage, phase = _next(stage, phase, STAGES)
-            acc = _step(acc, True, xs, ws, ss, zs, full, stage, phase, KIND, A)
+            acc = _block(acc, True, xs, ws, ss, zs, full, stage, phase, KIND, A)
             if INT8:
                 mbarrier.arrive(empty.index(even), count=1, pred=step < high - 1)
             else:
@@ -348,22 +342,7 @@ def _consume(xs, ws, ss, zs, full, empty, y_desc, p_x_scale, p_scale, p_zero, p_
             if INT8:
                 left, right = acc.reshape([BN, 2, BM // 2]).permute((0, 2, 1)).split()
                 _finish(left, xs.index(even), y_desc, p_x_scale, p_x_sum, scale, zero, bias, p_bias, m, n, M, KIND, H)
-                _finish(
-                    right,
-                    xs.index(odd),
-                    y_desc,
-                    p_x_scale,
-                    p_x_sum,
-                    scale,
-                    zero,
-                    bias,
-                    p_bias,
-                    m + BM // 2,
-                    n,
-                    M,
-                    KIND,
-                    H,
-                )
+                _finish(right, xs.index(odd), y_desc, p_x_scale, p_x_sum, scale, zero, bias, p_bias, m + BM // 2, n, M, KIND, H)  # fmt: skip
             else:
                 _finish(acc, xs.index(odd), y_desc, p_x_scale, p_x_sum, scale, zero, bias, p_bias, m, n, M, KIND, H)
     tma.store_wait(0)
@@ -432,9 +411,8 @@ def _launch(x, words, s, z, y, x_scale, scale, zero, x_sum, bias, *, kind, group
     if config["share"] and tiles % slots:
         programs = slots
         splits = min(slots // (tiles % slots), steps_k)
-        partial = torch.empty(
-            slots * bn * bm, dtype=torch.int32 if x.dtype == torch.int8 else torch.float32, device=y.device
-        )
+        sums = torch.int32 if x.dtype == torch.int8 else torch.float32
+        partial = torch.empty(slots * bn * bm, dtype=sums, device=y.device)
         counter = counters(y.device)
     _hopper_w4_kernel[(programs,)](
         _descriptor(x, [bm, BLOCK]),
@@ -456,21 +434,9 @@ def w4a8(
     """``w4a8_matmul`` of checked arguments into ``y``; ``group_size`` 64 or 128 where ``groups`` is given."""
     kind = "channel" if groups is None else "ratio" if groups.dtype == torch.float16 else "integer"
     return _launch(
-        x,
-        codes,
-        groups,
-        None,
-        y,
-        x_scale,
-        scale,
-        zero,
-        x_sum,
-        bias,
-        kind=kind,
-        group=group_size,
-        config=config,
-        processors=processors,
-    )
+        x, codes, groups, None, y, x_scale, scale, zero, x_sum, bias,
+        kind=kind, group=group_size, config=config, processors=processors,
+    )  # fmt: skip
 
 
 def w4a16(
@@ -479,18 +445,6 @@ def w4a16(
 ) -> Tensor:  # fmt: skip
     """``w4a16_matmul`` of checked arguments into ``y``; ``group_size`` 32, 64, 128, or ``None`` per channel."""
     return _launch(
-        x,
-        words,
-        scale,
-        zero,
-        y,
-        None,
-        None,
-        None,
-        None,
-        bias,
-        kind="half",
-        group=group_size or 0,
-        config=config,
-        processors=processors,
-    )
+        x, words, scale, zero, y, None, None, None, None, bias,
+        kind="half", group=group_size or 0, config=config, processors=processors,
+    )  # fmt: skip

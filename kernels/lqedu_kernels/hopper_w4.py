@@ -21,6 +21,7 @@ y^T is turned around in shared memory, in the buffers of the tile's last blocks,
 Inputs beyond K are zero (TMA fills them in), so blocks are counted up to an even number. Integer sums are exact, so are
 the codes of all formats; W4A16 rounds each weight (q - z) s to the dtype of x as the twin does.
 """
+# ruff: noqa: RUF005, SIM102 - the language of kernels has neither unpacking nor `and` between a constant and a number
 
 from collections.abc import Mapping
 
@@ -175,6 +176,7 @@ def _place(i, shared, part, splits, steps_k):
 @gluon.jit
 def _produce(x_desc, w_desc, s_desc, z_desc, xs, ws, ss, zs, full, empty, tiles_m, tiles_n, steps_k,
              splits, GROUPED: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
+    """The producer: fill each buffer as soon as it is empty, tile after tile."""
     ROWS: gl.constexpr = 0 if s_desc is None else ss.shape[0] // xs.shape[0]
     BYTES: gl.constexpr = (
         x_desc.block_type.nbytes + w_desc.block_type.nbytes
@@ -288,6 +290,7 @@ def _share(acc, p_partial, p_counter, tile, split, splits):
 @gluon.jit
 def _consume(xs, ws, ss, zs, full, empty, y_desc, p_x_scale, p_scale, p_zero, p_x_sum, p_bias, p_partial, p_counter, M, N,
              tiles_m, tiles_n, steps_k, splits, KIND: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
+    """The consumers: multiply what is in the buffers, hand them back, scale and store each tile."""
     STAGES: gl.constexpr = xs.shape[0]
     BM: gl.constexpr = xs.shape[1]
     BN: gl.constexpr = ws.shape[1]

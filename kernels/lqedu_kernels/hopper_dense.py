@@ -316,7 +316,7 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "x_stride", "x_stride_k"])
+@gluon.jit(do_not_specialize=["M", "K", "x_stride", "x_stride_k"])
 def _hopper_dense_kernel(
     d_x, d_w0, d_w1, d_y, p_x_scale, p_w_scale, p_w_blocks, p_x_zero, p_w_sum, p_bias, M, N, K, x_stride, x_stride_k, w_stride,
     STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr, BLOCKS: gl.constexpr, LEAD: gl.constexpr,

@@ -17,7 +17,7 @@ exact and cheap:
 
 Each program handles one head of one sequence, ``pages_per_split`` pages of it, and the result of a program is a triple
 (m, l, o) of a running maximum, denominator and output; a second kernel adds the triples of all splits in a fixed order,
-so the result does not change from run to run, nor with the rest of the batch.
+so the result is the same at every run; with the same configuration it does not change with the rest of the batch either.
 
 Exact: codes, scales, zero points, queries. Rounded: weights to float16 before the product with the values (relative error
 2^-11), sums in float32, the output once. Bytes of a call: ``D b/8 + 4`` a token, head and tensor; operations 4 D a token and
@@ -87,15 +87,12 @@ def default_config(
         page_bytes: of keys, values and numbers of one page and head; two steps of a program should fit into 80 KB.
         columns: queries of a program; 16 leave a warp no registers for what several warps need.
     """
-    wanted = 4 * processors
-    warps = 1
-    while (
-        columns == 8 and warps < min(4, pages) and 2 * warps * programs <= wanted and 4 * warps * page_bytes <= 80_000
-    ):
+    schedulers, warps = 4 * processors, 1
+    most = min(4, pages, schedulers // programs, 40_000 // page_bytes) if columns == 8 else 1
+    while 2 * warps <= most:
         warps *= 2
-    splits = max(
-        1, min(wanted // (programs * warps), pages // (2 * warps))
-    )  # a warp's second page is fetched meanwhile
+    # A split holds two pages for each warp, so that the second is on its way while the first is worked on.
+    splits = max(1, min(schedulers // (programs * warps), pages // (2 * warps)))
     per_split = -(-pages // splits)
     return {"pages_per_split": -(-per_split // warps) * warps, "num_warps": warps, "num_stages": 3}
 
@@ -298,13 +295,11 @@ def _split_kernel(
         key_numbers = tl.load(p_key_numbers + o_n, mask=token < length, other=0)  # [P, 64]
         value_numbers = tl.load(p_value_numbers + o_n, mask=token < length, other=0)
         o_k = page[:, None, None] * (64 * W) + o_t[None, :, None] * W + o_w[None, None, :]
-        key_words = tl.load(
-            p_key_codes + o_k, mask=m_p[:, None, None] & (o_w < W)[None, None, :], other=0
-        )  # [P, 64, W]
+        m_k = m_p[:, None, None] & (o_w < W)[None, None, :]
+        key_words = tl.load(p_key_codes + o_k, mask=m_k, other=0)  # [P, 64, W]
         o_v = page[:, None, None] * (D * J) + o_d[None, :, None] * J + o_j[None, None, :]
-        value_words = tl.load(
-            p_value_codes + o_v, mask=m_p[:, None, None] & (o_d < D)[None, :, None], other=0
-        )  # [P, D, J]
+        m_v = m_p[:, None, None] & (o_d < D)[None, :, None]
+        value_words = tl.load(p_value_codes + o_v, mask=m_v, other=0)  # [P, D, J]
         k = _fields(key_words, KEY)
         s = tl.zeros([P, 64, R], tl.float32)
         for n in tl.static_range(FK):
@@ -442,6 +437,10 @@ def kv_attention(
             batch * kv_heads * blocks, pages, processors=target.processors, page_bytes=page_bytes, columns=columns
         )
     per_split = config["pages_per_split"]
+    if per_split % config["num_warps"]:
+        raise ValueError(
+            f"config has {per_split} pages a split for {config['num_warps']} warps: take a multiple of the warps"
+        )
     splits = -(-pages // per_split)
     whole = splits == 1
     partial = (

@@ -60,8 +60,8 @@ BOUND = {torch.float16: 2**-10, torch.bfloat16: 2**-7.5}
 HALF, BRAIN = torch.float16, torch.bfloat16
 
 
-def split(pages: int, stages: int = 4) -> dict[str, int]:
-    return {"pages_per_split": pages, "num_warps": 1, "num_stages": stages}
+def split(pages: int, warps: int = 1) -> dict[str, int]:
+    return {"pages_per_split": pages, "num_warps": warps, "num_stages": 3}
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,10 @@ def split(pages: int, stages: int = 4) -> dict[str, int]:
 def test_attention(kinds, heads, kv_heads, size, new, dtype, device):
     arguments = problem(kinds, [200, 64, new, 0], heads, kv_heads, size, device, new=new, dtype=dtype)
     want = kv_attention_reference(arguments[0].double(), *arguments[1:])
-    for pages in (1, 3, 8):
-        got = kv_attention(*arguments, config=split(pages))
+    for pages, warps in ((1, 1), (2, 2), (8, 4)):
+        got = kv_attention(*arguments, config=split(pages, warps))
         assert got.dtype == dtype and worst_row(got.double(), want) < BOUND[dtype]
-    assert torch.equal(got, kv_attention(*arguments, config=split(8)))
+    assert torch.equal(got, kv_attention(*arguments, config=split(8, 4)))
     assert not got[3].any()  # nothing to read
 
 
@@ -243,6 +243,7 @@ def test_configurations():
             {"query": torch.zeros(2, 4, 1, 64, dtype=HALF)},
             r"table \(page numbers of each sequence\) must have shape \[2, any\]",
         ),
+        ({"config": {"pages_per_split": 2, "num_warps": 4, "num_stages": 3}}, "2 pages a split for 4 warps"),
         ({"keys": torch.zeros(3)}, "keys must be Pages, as empty_pages makes them, got Tensor"),
         (
             {"keys": Pages("kv3", torch.zeros(1, 2, 64, 16).short(), torch.zeros(1, 2, 64, 2).half())},

@@ -100,7 +100,7 @@ def _w4a8_weight(operation: str, group: int | None, make: "_Random", n: int, k: 
     codes = w4a8.pack_w4a8(make.codes(n, k))
     if operation.startswith("w4a8/ratio"):
         return _copies(codes, scale, w4a8.pack_ratios(make.uniform(n, k // group, low=4.0, high=15.0).half()))
-    step, zero = make.integers(4, 16, n, k // group), make.integers(4, 12, n, k // group)
+    step, zero = make.integers(4, 16, n, k // group), make.integers(7, 9, n, k // group)  # within int8
     return _copies(codes, scale, w4a8.pack_groups(step.to(torch.uint8), step * zero))
 
 

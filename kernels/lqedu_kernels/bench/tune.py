@@ -44,7 +44,7 @@ def main(
             best = min(times, key=times.__getitem__)
             config = case.candidates[best]
             found.setdefault(case.operation, []).append(
-                {**case.sizes, "us": round(1e6 * times[best], 2), "config": dict(config)}
+                dict(zip("mnk", case.lookup, strict=True)) | {"us": round(1e6 * times[best], 2), "config": dict(config)}
             )
             print(
                 f"{case.operation} {dict(case.sizes)}: {1e6 * times[best]:.1f} us, {len(times)} ran, {failed} did not: {dict(config)}",

@@ -96,7 +96,7 @@ def attention_cases(device: torch.device, variant: str | None) -> Iterator[Case]
             nbytes = kv_attention.bytes_moved(batch * length, kv_heads, size, kind, kind, queries=batch * heads)
             caches = [
                 tuple(_pages(kind, role, count, kv_heads, size, generator, device) for role in ("key", "value"))
-                for _ in range(copies_for(nbytes, most=16))
+                for _ in range(copies_for(nbytes))
             ]
             table = torch.randperm(count, device=device, generator=generator).to(torch.int32).view(batch, -1)
             lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
@@ -118,7 +118,7 @@ def attention_cases(device: torch.device, variant: str | None) -> Iterator[Case]
 
             dense = [
                 tuple(torch.randn(batch, kv_heads, length, size, device=device, dtype=torch.float16) for _ in range(2))
-                for _ in range(copies_for(4 * batch * length * kv_heads * size, most=16))
+                for _ in range(copies_for(4 * batch * length * kv_heads * size))
             ]
             kernels = {SDPA: [lambda kv=kv, q=query: _attend(q, *kv) for kv in dense]}
             columns = 8 if heads // kv_heads <= 8 else 16

@@ -113,7 +113,11 @@ def test_wheel_carries_both_packages_and_the_recorded_results(tmp_path: Path) ->
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     wanted = set()
-    for folder, suffixes in (("lqedu", (".py", ".mjs", ".css")), ("kernels", (".py", ".json")), ("book/results", (".json",))):
+    for folder, suffixes in (
+        ("lqedu", (".py", ".mjs", ".css")),
+        ("kernels", (".py", ".json")),
+        ("book/results", (".json",)),
+    ):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in suffixes and "__pycache__" not in path.parts:
                 relative = path.relative_to(ROOT)

@@ -447,7 +447,7 @@ def w4a16(
     group_size: int | None, config: Mapping, processors: int,
 ) -> Tensor:  # fmt: skip
     """``w4a16_matmul`` of checked arguments into ``y``; ``group_size`` 32, 64, 128, or ``None`` per channel."""
-    if group_size == 32 and config["block_m"] > 128:  # four rows of scales and zero points a block: no room for as many blocks
+    if group_size == 32 and config["block_m"] > 128:  # four rows of scales and zeros a block leave less room for blocks
         config = {**config, "stages": config["stages"] - 1}
     return _launch(
         x, words, scale, zero, y, None, None, None, None, bias,

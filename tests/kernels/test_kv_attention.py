@@ -216,8 +216,9 @@ def test_configurations():
 
     assert default(512, 128) == (128, 1, 3)
     assert default(256, 128) == (128, 2, 3)  # 512 warps for 528 schedulers, and no splits
-    assert default(64, 128) == (64, 4, 3)
-    assert default(8, 128) == (8, 4, 3)
+    assert default(64, 128) == (32, 2, 3)
+    assert default(8, 128) == (4, 2, 3)
+    assert default(8, 16) == (2, 2, 3)
     assert default(8, 1) == (1, 1, 3)
     assert default(8, 128, page_bytes=33280)[1] == default(8, 128, columns=16)[1] == 1
     for programs, pages in ((8, 16), (64, 128), (256, 128), (512, 512)):

@@ -1,4 +1,4 @@
-"""Launch configurations of products of two 8-bit matrices, shared by :mod:`lqedu_kernels.w8a8` and :mod:`lqedu_kernels.fp8`.
+"""Launch configurations of products of two 8-bit matrices, shared by ``lqedu_kernels.w8a8`` and ``lqedu_kernels.fp8``.
 
 Pure functions of the shape and the GPU. The rules come from measurements on an H100 (``bench/notes/w8a8.md``).
 """
@@ -10,7 +10,7 @@ import triton
 from lqedu_kernels._tensors import INTERPRET, Target
 from lqedu_kernels.tuning import Config, configuration
 
-#: The language of :mod:`lqedu_kernels.hopper_dense` changes from one version of Triton to the next; this is its version.
+#: The language of ``lqedu_kernels.hopper_dense`` changes from one version of Triton to the next; this is its version.
 HAS_GLUON = triton.__version__.startswith("3.6.") and not INTERPRET
 
 
@@ -22,7 +22,7 @@ def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | st
     Hopper: the tile whose tiles fill whole rounds best, at the rate measured for such tiles.
 
     Keys: ``kernel`` "split" or "tiles" (or "hopper", from a file of measured configurations, with the keys of
-    :mod:`lqedu_kernels.hopper_dense`); block_m, block_n, block_k of a tile; warps, stages; group_m rows of tiles are walked
+    ``lqedu_kernels.hopper_dense``); block_m, block_n, block_k of a tile; warps, stages; group_m rows of tiles are walked
     together; ``splits`` of K (split); ``per_processor`` programs and whether to ``flatten`` the loops over tiles and K into
     one (tiles).
     """

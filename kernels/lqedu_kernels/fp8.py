@@ -1,9 +1,9 @@
-"""FP8 E4M3 times FP8 E4M3, summed in float32 by the tensor cores; chapter ``16-fp8``.
+"""FP8 E4M3 times FP8 E4M3, summed in float32 by the tensor cores; chapter ``16-fp8``::
 
     y[m, n] = s_x[m] · s_w[n] · Σ_k q_x[m, k] q_w[n, k]  +  b[n]                              scales of tokens and channels
     y[m, n] = Σ_j s_x[m, j] · s_w[n/128, j] · Σ_{k in block j} q_x[m, k] q_w[n, k]  +  b[n]   scales of blocks of 128
 
-One code is one byte, a sign, four bits of exponent and three of mantissa, with the sum's index k last in both operands:
+One code is one byte, a sign, four bits of exponent and three of mantissa, with the sum's index k last in both operands::
 
     7 6 5 4 3 2 1 0      value (-1)^s 2^(e-7) (1 + m/8), and (-1)^s 2^-6 m/8 where e = 0; e = 15, m = 7 is NaN
     s e e e e m m m
@@ -30,6 +30,8 @@ from lqedu_kernels._numerics import to_dtype
 from lqedu_kernels._schedule import COUNTERS, after_previous, counters, grouped_tile, overlapped, sum_of_parts
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.tuning import Config
+
+__all__ = ["bytes_moved", "default_config", "fp8_matmul", "fp8_reference", "operations", "search_space"]
 
 #: Inputs, and outputs of a weight, that share a scale.
 BLOCK = 128

@@ -1,9 +1,9 @@
-"""Orthonormal Walsh-Hadamard transforms at the speed of a copy, alone or with the quantization behind; ``20-hadamard-kv``.
+"""Orthonormal Walsh-Hadamard transforms at the speed of a copy, alone or with the quantization behind; ``20-hadamard-kv``::
 
     y = x H^T / √n,   n = m · 2^k,   H = H_m ⊗ H_2^k        on runs of n consecutive elements, or of n elements `stride` apart
 
 H_2^k is Sylvester's, H_m (m = 12, 20, 28, …, 172) a table of signs; nothing is padded with zeros that change the result. A
-vector is the matrix X of its elements, row after row, and H ⊗ H' splits into a product from each side:
+vector is the matrix X of its elements, row after row, and H ⊗ H' splits into a product from each side::
 
     n = left · pieces · columns       Y = L X R        L = H_left,  R = I_pieces ⊗ H_columns after a butterfly of the pieces
 
@@ -43,6 +43,17 @@ from lqedu_kernels.quantize import (
     quantize_tokens,
 )
 from lqedu_kernels.tuning import configuration
+
+__all__ = [
+    "bytes_moved",
+    "default_config",
+    "hadamard_quantize",
+    "hadamard_quantize_reference",
+    "hadamard_reference",
+    "hadamard_transform",
+    "operations",
+    "search_space",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)

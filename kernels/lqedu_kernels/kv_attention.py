@@ -8,7 +8,7 @@ so that scale and zero point cost a few operations a token, and the tensor cores
 exact and cheap:
 
 - A code c in the lowest bits of a float16 whose other bits are 0 *is* c 2^-24, a subnormal number, exactly, and tensor cores
-  multiply subnormal numbers at full speed. One AND takes a pair of codes out of two words (:mod:`lqedu_kernels.kv_pages`
+  multiply subnormal numbers at full speed. One AND takes a pair of codes out of two words (``lqedu_kernels.kv_pages``
   has the layout); 16 c 2^-24 for the odd fields, which saves their shift. E4M3 bits moved one place are the value 2^-8.
 - A value's scale joins the softmax as a bias: ``P_t s'_t = 2^(S_t + log2 s'_t)``, so the products with the codes are of
   numbers up to 1, which float16 holds whatever the scales are; the denominator takes the bias back, token by token.

@@ -1,13 +1,13 @@
 """Pages of a quantized key-value cache: their layout, and new tokens quantized straight into them.
 
 A page holds 64 tokens of one head; a block table says which pages are a sequence's, in order. A token x of a head is stored
-as codes c with two FP16 numbers, as ``lqedu.formats.kv`` defines it and with the same bits:
+as codes c with two FP16 numbers, as ``lqedu.formats.kv`` defines it and with the same bits::
 
     kv4, kv8    s = fp16((max(x, 0) - min(x, 0)) / (2^b - 1))     z = fp16(-min(x, 0) / s)    c = round(x / s + z)
     fp8         s = fp16(max|x| / 448)                            z = 0                       c = E4M3(x / s)
 
 and stands for ``s (c - z)``. Codes are packed into 16-bit words whose fields lie a part of the row apart, so that one AND
-of a 32-bit register (two words) takes a neighbouring pair of codes out, where a tensor core wants it:
+of a 32-bit register (two words) takes a neighbouring pair of codes out, where a tensor core wants it::
 
     keys    codes [page, head, 64, D b/16]     word j of a token:    dimensions  j, j + D/4, j + D/2, j + 3D/4    (kv4)
     values  codes [page, head, D, 64 b/16]     word j of a dimension:    tokens  j, j + 16,  j + 32,  j + 48      (kv4)
@@ -31,6 +31,19 @@ from torch import Tensor
 
 from lqedu_kernels._numerics import float8_e4m3_bits, round_half_even
 from lqedu_kernels._tensors import check_tensor, target_of
+
+__all__ = [
+    "PAGE",
+    "Pages",
+    "empty_pages",
+    "kv_append",
+    "kv_append_reference",
+    "pack_pages",
+    "page_codes",
+    "page_values",
+    "quantize_reference",
+    "unpack_pages",
+]
 
 PAGE = 64  #: tokens of a page
 BITS = {"kv4": 4, "kv8": 8, "fp8": 8}

@@ -1,4 +1,4 @@
-"""Codes and a scale for each token, made where the token is: alone, after RMSNorm, after SiLU; chapter ``20-hadamard-kv``.
+"""Codes and a scale for each token, made where the token is: alone, after RMSNorm, after SiLU; chapter ``20-hadamard-kv``::
 
     h[m, k] = x[m, k]                                              or RMSNorm or SiLU of it, rounded to the dtype of x
     s[m]    = clip_ratio · max_k |h[m, k]| / L                     L = 127 (int8), 7 (int4), 448 (E4M3);  1 for a row of zeros
@@ -27,6 +27,21 @@ from torch import Tensor
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype, to_float8_e4m3
 from lqedu_kernels._tensors import Target, target_of
 from lqedu_kernels.tuning import configuration
+
+__all__ = [
+    "Quantized",
+    "TokenGrid",
+    "bytes_moved",
+    "default_config",
+    "operations",
+    "quantize_reference",
+    "quantize_tokens",
+    "rmsnorm_quantize",
+    "rmsnorm_reference",
+    "search_space",
+    "silu_quantize",
+    "silu_reference",
+]
 
 #: The largest code of each format.
 LARGEST: Mapping[str, int] = {"int8": 127, "int4": 7, "e4m3": 448}

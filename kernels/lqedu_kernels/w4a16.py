@@ -1,10 +1,10 @@
-"""W4A16: FP16 or BF16 activations times 4-bit weights, unpacked while they are loaded; chapter ``18-roofline``.
+"""W4A16: FP16 or BF16 activations times 4-bit weights, unpacked while they are loaded; chapter ``18-roofline``::
 
     y[m, n] = sum_k x[m, k] s[g, n] (q[n, k] - z[g, n])  +  b[n],      g the group of input k
 
 Layout (``hopper_w4.py`` reads the same tensors):
 
-- ``words`` int16 ``[n, ceil(k / 128) * 32]``. Word j of a block of 128 inputs holds four codes, 0 to 15:
+- ``words`` int16 ``[n, ceil(k / 128) * 32]``. Word j of a block of 128 inputs holds four codes, 0 to 15::
 
       bits    15 .. 12   11 .. 8   7 .. 4   3 .. 0
       input   j + 96     j + 64    j + 32   j            0 <= j < 32
@@ -36,9 +36,20 @@ from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
+__all__ = [
+    "bytes_moved",
+    "default_config",
+    "operations",
+    "pack_w4a16",
+    "search_space",
+    "unpack_w4a16",
+    "w4a16_matmul",
+    "w4a16_reference",
+]
+
 BLOCK = 128  # inputs of a block; a group of 32, 64 or 128 never crosses one
 LANES = 32  # words of a block
-#: The language of :mod:`lqedu_kernels.hopper_w4` changes from one version of Triton to the next; this is its version.
+#: The language of ``lqedu_kernels.hopper_w4`` changes from one version of Triton to the next; this is its version.
 _HAS_GLUON = triton.__version__.startswith("3.6.") and not _tensors.INTERPRET
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -103,7 +114,7 @@ def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | st
 
     Keys: ``kernel`` "few" (``slices`` blocks of inputs at a time, ``splits`` programs a tile), "many" (``programs`` share the
     tiles, 0: one a tile; group_m rows of tiles are walked together) or, from a file of measured configurations, "hopper"
-    with the keys of :mod:`lqedu_kernels.hopper_w4`; block_m, block_n; warps, stages.
+    with the keys of ``lqedu_kernels.hopper_w4``; block_m, block_n; warps, stages.
     """
     if m <= 16:
         splits = 1 if 32 * target.processors <= n + 31 else 2

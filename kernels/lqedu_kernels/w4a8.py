@@ -1,17 +1,17 @@
 """W4A8: INT8 activations times 4-bit weights, summed in INT32; scales enter after the sum.
 
-The contract, with ``x`` int8 ``[M, K]`` and one scale a token, ``w8`` int8 ``[N, K]`` and one scale a channel:
+The contract, with ``x`` int8 ``[M, K]`` and one scale a token, ``w8`` int8 ``[N, K]`` and one scale a channel::
 
     y[m, n] = x_scale[m] · (scale[n] · Σ_k x[m, k] w8[n, k])  (+ bias[n]),      fp16 or bf16
 
-How 4 bits ``q`` become ``w8`` while a program loads them depends on ``groups``:
+How 4 bits ``q`` become ``w8`` while a program loads them depends on ``groups``::
 
     groups     nibble      w8                                              format
     ``None``   signed q    q, in registers 16 q                            QQQ per channel; QoQ per channel with ``zero``
     int16      0 to 15     (q - z) s = ((q s + a) ^ 0x80),  a = 128 - z s  QoQ: integer scales of groups
     float16    q + 8       round_half_even(q r)                            QQQ: ratio of the scales of group and channel
 
-Tensors, for G = K/g groups of g = 64 or 128 inputs:
+Tensors, for G = K/g groups of g = 64 or 128 inputs::
 
     codes    uint8    [N, 64 ceil(K/128)]   in a block of 128 inputs byte j holds k = j (low) and k = j + 64 (high nibble)
     scale    float16 or float32 [N]         of the channel, as stored: the 16 of 16 q is shifted out of the sum
@@ -19,7 +19,7 @@ Tensors, for G = K/g groups of g = 64 or 128 inputs:
     groups   float16  [G, 8 ceil(N/8)]      r = s_group / s_channel
     zero     int32    [N]                   per channel only, of the *signed* codes (z - 8); with x_sum int32 [M] = Σ_k x
 
-One register of a program, four bytes of one row, is eight weights; each line below is one instruction:
+One register of a program, four bytes of one row, is eight weights; each line below is one instruction::
 
     bits   31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
     k      j+67  j+3   j+66  j+2   j+65  j+1   j+64  j
@@ -45,6 +45,23 @@ from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import grouped_tile
 from lqedu_kernels._tensors import check_tensor, target_of
 from lqedu_kernels.tuning import configuration
+
+__all__ = [
+    "bytes_moved",
+    "default_config",
+    "few",
+    "int8_weight",
+    "operations",
+    "pack_groups",
+    "pack_ratios",
+    "pack_w4a8",
+    "search_space",
+    "tile",
+    "unpack_groups",
+    "unpack_w4a8",
+    "w4a8_matmul",
+    "w4a8_reference",
+]
 
 BLOCK = 128  # inputs whose nibbles share 64 bytes of a row
 MOST_K = 2**17 - BLOCK  # 16 q x sums of so many products fit int32

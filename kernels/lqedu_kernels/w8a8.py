@@ -1,13 +1,13 @@
-"""W8A8: INT8 activations times INT8 weights, summed exactly in int32; chapters ``08-smoothquant`` and ``19-integer-gemm``.
+"""W8A8: INT8 activations times INT8 weights, summed exactly in int32; chapters ``08-smoothquant`` and ``19-integer-gemm``::
 
     y[m, n] = s_x[m] · s_w[n] · (Σ_k q_x[m, k] q_w[n, k]  −  z_x[m] Σ_k q_w[n, k])  +  b[n]
 
-Codes are signed bytes, one a number, with the sum's index k last in both operands (tensor cores want it so):
+Codes are signed bytes, one a number, with the sum's index k last in both operands (tensor cores want it so)::
 
     q_x [M, K]   k = 0 1 2 3 4 …      q_w [N, K]   k = 0 1 2 3 4 …        nothing is packed
     token m      b b b b b …          output n     b b b b b …
 
-The bracket is an integer and exact: |q_x q_w| ≤ 2^14, and both sums stay below 2^31 for K < 2^16. It is rounded when it
+The bracket is an integer and exact: a product is at most 2^14, and both sums stay below 2^31 for K < 2^16. It is rounded when it
 becomes a float32, by each product with a scale, by the addition of the bias, and once to the dtype of y. A zero point of
 the activations costs one multiplication an output, because the sums of the weight's rows are computed once
 (:func:`row_sums`). Weights with zero points are not served: nobody stores 8-bit weights so.

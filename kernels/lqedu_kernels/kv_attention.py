@@ -1,6 +1,6 @@
-"""Attention of a few new tokens over a cache of quantized keys and values (decode), split over the cache.
+"""Attention of a few new tokens over a cache of quantized keys and values (decode), split over the cache; ``20-hadamard-kv``.
 
-With keys ``s (c - z)`` and values ``s' (c' - z')`` of token t, scores S and weights P of a query q are
+With keys ``s (c - z)`` and values ``s' (c' - z')`` of token t, scores S and weights P of a query q are::
 
     S_t = s_t (q . c_t - z_t sum(q)) / sqrt(D)      P = softmax(S)      y = sum_t P_t s'_t c'_t - sum_t P_t s'_t z'_t
 
@@ -35,6 +35,8 @@ from torch import Tensor
 from lqedu_kernels._numerics import INTERPRET, to_dtype
 from lqedu_kernels._tensors import check_tensor, target_of
 from lqedu_kernels.kv_pages import BITS, PAGE, Pages, check_pages, check_table, page_values
+
+__all__ = ["bytes_moved", "default_config", "kv_attention", "kv_attention_reference", "operations", "search_space"]
 
 
 def kv_attention_reference(

@@ -1,4 +1,4 @@
-"""Pages of a quantized key-value cache: their layout, and new tokens quantized straight into them.
+"""Pages of a quantized key-value cache: their layout, and new tokens quantized straight into them; ``20-hadamard-kv``.
 
 A page holds 64 tokens of one head; a block table says which pages are a sequence's, in order. A token x of a head is stored
 as codes c with two FP16 numbers, as ``lqedu.formats.kv`` defines it and with the same bits::
@@ -45,7 +45,8 @@ __all__ = [
     "unpack_pages",
 ]
 
-PAGE = 64  #: tokens of a page
+#: Tokens of a page.
+PAGE = 64
 BITS = {"kv4": 4, "kv8": 8, "fp8": 8}
 Role = Literal["key", "value"]
 

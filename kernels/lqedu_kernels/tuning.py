@@ -12,12 +12,17 @@ import math
 from collections.abc import Mapping
 from importlib import resources
 
+from lqedu_kernels._tensors import Target
+
+__all__ = ["Config", "Target", "configuration"]
+
 #: Start of a device's name -> file of measured configurations.
 _FILES = {"NVIDIA H100": "h100.json", "NVIDIA H200": "h100.json"}
 
 #: A shape is like a measured one if the logarithms of its sides differ by no more than this in all: a factor of 1.6.
 _NEAR = 0.47
 
+#: A launch configuration: names and values of what a kernel is compiled and launched with, see each ``default_config``.
 Config = Mapping[str, int | str | bool]
 
 

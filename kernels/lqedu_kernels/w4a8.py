@@ -1,4 +1,4 @@
-"""W4A8: INT8 activations times 4-bit weights, summed in INT32; scales enter after the sum.
+"""W4A8: INT8 activations times 4-bit weights, summed in INT32; scales enter after the sum; ``19-integer-gemm``.
 
 The contract, with ``x`` int8 ``[M, K]`` and one scale a token, ``w8`` int8 ``[N, K]`` and one scale a channel::
 

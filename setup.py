@@ -12,7 +12,7 @@ setup(
     package_data={
         "lqedu.viz": ["*.mjs", "*.css"],
         "lqedu._results": ["*.json"],
-        "lqedu_kernels": ["configs/*.json", "tables/*.json", "bench/*.md"],
+        "lqedu_kernels": ["configs/*.json", "tables/*.json", "bench/*.md", "bench/notes/*.md"],
     },
     include_package_data=False,
 )

@@ -115,7 +115,7 @@ def test_wheel_carries_both_packages_and_the_recorded_results(tmp_path: Path) ->
     wanted = set()
     for folder, suffixes in (
         ("lqedu", (".py", ".mjs", ".css")),
-        ("kernels", (".py", ".json")),
+        ("kernels", (".py", ".json", ".md")),
         ("book/results", (".json",)),
     ):
         for path in (ROOT / folder).rglob("*"):

@@ -19,7 +19,7 @@ In kernels ``p_`` is a pointer (``d_`` a TMA descriptor), ``b_`` a block of valu
 gives a block's shape where it is loaded.
 
 On a machine without an NVIDIA GPU, set ``TRITON_INTERPRET=1`` before Triton is imported: the same functions then take CPU
-tensors and run in Triton's interpreter, exactly and slowly. Nothing is compiled, tuned or put on a device at import; a
+tensors and run in Triton's interpreter, slowly. Nothing is compiled, tuned or put on a device at import; a
 kernel is compiled at its first call, in a configuration that is looked up, never searched.
 """
 

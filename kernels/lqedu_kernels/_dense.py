@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import triton
 
-from lqedu_kernels._tensors import INTERPRET, Target
+from lqedu_kernels._tensors import INTERPRET, Target, check_kernel
 from lqedu_kernels.tuning import Config, configuration
 
 #: The language of ``lqedu_kernels.hopper_dense`` changes from one version of Triton to the next; this is its version.
@@ -123,6 +123,7 @@ def choose(
     config: Config | None, operation: str, m: int, n: int, k: int, target: Target, default: Callable[..., Config]
 ) -> Config:
     """The configuration asked for, else the one measured on this GPU, else the default, where it can run at this size."""
+    check_kernel(config, ("split", "tiles", "hopper"))
     if config is None and k % 16 == 0:
         config = configuration(operation, m, n, k, gpu=target.name)
     if config is None or (config["kernel"] != "split" and not has_descriptors(n, k, target)):

@@ -4,6 +4,7 @@ Errors are plain :class:`TypeError` and :class:`ValueError`; each is one sentenc
 is wanted and how to get it.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,19 @@ def target_of(tensor: Tensor, argument: str) -> Target:
     if target.capability < (8, 0):
         raise ValueError(f"{argument} is on a {target.name}, but these kernels need compute capability 8.0 or newer")
     return target
+
+
+def check_kernel(config: Mapping | None, kernels: tuple[str, ...]) -> None:
+    """A configuration given by the caller names one of the family's kernels.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if config is not None and config.get("kernel") not in kernels:
+        raise ValueError(
+            f"config must name its kernel, one of {', '.join(kernels)}, got {config.get('kernel')!r}: "
+            "take one from search_space, or None"
+        )
 
 
 def check_tensor(

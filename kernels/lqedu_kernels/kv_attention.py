@@ -421,7 +421,7 @@ def kv_attention(
     check_pages("keys", keys, "key", kv_heads, size, query.device)
     check_pages("values", values, "value", kv_heads, size, query.device)
     check_table(table, lengths, batch, query.device)
-    if heads % kv_heads:
+    if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of keys")
     if not 1 <= new <= 64:
         raise ValueError(
@@ -429,6 +429,10 @@ def kv_attention(
         )
     target = target_of(query, "query")
     y = torch.empty_like(query)
+    if not query.numel():
+        return y
+    if config is not None and (lacking := {"pages_per_split", "num_warps", "num_stages"} - set(config)):
+        raise ValueError(f"config lacks {', '.join(sorted(lacking))}: take one from search_space, or None")
     rows = heads // kv_heads * new
     columns = 16 if rows > 8 and size <= 128 else 8  # more would not fit the registers of one warp
     blocks = -(-rows // columns)
@@ -449,8 +453,6 @@ def kv_attention(
         y if whole else torch.empty(batch * kv_heads, splits, rows, size, dtype=torch.float32, device=query.device)
     )
     state = y if whole else torch.empty(batch * kv_heads, splits, rows, 2, dtype=torch.float32, device=query.device)
-    if not query.numel():
-        return y
     dependent = (
         not whole and not INTERPRET.value and target.capability >= (9, 0)
     )  # the sum is launched while splits still run

@@ -74,6 +74,8 @@ def empty_pages(
     torch.Size([10, 8, 64, 32])
     """
     _check_kind(kind, head_dim)
+    if role not in ("key", "value"):
+        raise ValueError(f"role is 'key' or 'value', got {role!r}")
     fields = 16 // BITS[kind]
     shape = (PAGE, head_dim // fields) if role == "key" else (head_dim, PAGE // fields)
     codes = torch.zeros(pages, kv_heads, *shape, dtype=torch.int16, device=device)
@@ -365,9 +367,9 @@ def kv_append(
     Raises:
         TypeError, ValueError: arguments that do not fit, by name.
     """
-    batch, kv_heads, new, head_dim = key.shape if key.ndim == 4 else (0, 0, 0, 0)
     floats = (torch.float16, torch.bfloat16)
-    check_tensor("key", key, dtype=floats, shape=(None, None, None, None), device=key.device)
+    check_tensor("key", key, dtype=floats, shape=(None, None, None, None), device=getattr(key, "device", None))
+    batch, kv_heads, new, head_dim = key.shape
     check_tensor("value", value, dtype=key.dtype, shape=tuple(key.shape), device=key.device)
     check_pages("keys", keys, "key", kv_heads, head_dim, key.device)
     check_pages("values", values, "value", kv_heads, head_dim, key.device)

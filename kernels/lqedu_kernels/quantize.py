@@ -398,6 +398,10 @@ def rmsnorm_quantize(
         eps: added to the mean of the squares.
         residual: contiguous, dtype and shape of x.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, one number for each column of x, got {type(weight).__name__}")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
     return _launch(x, grid, sums, config, "quantize/rmsnorm", weight=weight, eps=eps, residual=residual)
 
 
@@ -410,6 +414,8 @@ def silu_quantize(
     config: Mapping[str, int] | None = None,
 ) -> Quantized:
     """:func:`quantize_tokens` of ``silu(gate) · up``, both as x there: halves of one product's output, say."""
+    if not isinstance(up, Tensor):
+        raise TypeError(f"up must be a tensor of the shape and dtype of gate, got {type(up).__name__}")
     return _launch(gate, grid, sums, config, "quantize/silu", up=up)
 
 

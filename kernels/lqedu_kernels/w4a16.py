@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lqedu_kernels import _tensors
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_parts, sum_of_programs
-from lqedu_kernels._tensors import Target, check_tensor, target_of
+from lqedu_kernels._tensors import Target, check_kernel, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -79,6 +79,8 @@ def pack_w4a16(codes: Tensor) -> Tensor:
     >>> words.shape, f"{int(words[0, 1]) & 0xffff:016b}"
     (torch.Size([1, 32]), '0001000100010001')
     """
+    if codes.is_floating_point() or codes.ndim != 2:
+        raise TypeError(f"codes must be uint8 [n, k], got {codes.dtype} of shape {list(codes.shape)}")
     n, k = codes.shape
     blocks = -(-k // BLOCK)
     padded = torch.nn.functional.pad(codes, (0, blocks * BLOCK - k)).to(torch.int32).view(n, blocks, 4, LANES)
@@ -478,6 +480,7 @@ def w4a16_matmul(
     if m == 0:
         return y
     float_zero = zero is not None and zero.is_floating_point()
+    check_kernel(config, ("few", "many", "hopper"))
     operation = _operation(x.dtype, group_size, float_zero)
     c = config or configuration(operation, m, n, k, gpu=target.name) or default_config(m, n, k, target)
     if c["kernel"] == "hopper":

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import grouped_tile
-from lqedu_kernels._tensors import check_tensor, target_of
+from lqedu_kernels._tensors import check_kernel, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -478,6 +478,7 @@ def w4a8_matmul(
     if m == 0 or n == 0:
         return y
     form = "channel" if groups is None else "integer" if groups.dtype == torch.int16 else "ratio"
+    check_kernel(config, ("few", "tile", "hopper"))
     name = "w4a8/channel" if groups is None else f"w4a8/{form}{group_size}"
     launch = dict(config or configuration(name, m, n, k, gpu=target.name) or default_config(m, n, k))
     if launch["kernel"] == "hopper":
@@ -515,16 +516,17 @@ def _check(
     zero: Tensor | None, x_sum: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
 ) -> tuple[int, int, int]:  # fmt: skip
     """M, N, K of arguments that fit each other."""
-    check_tensor("x", x, dtype=torch.int8, shape=(None, None), device=x.device, what="tokens")
-    (m, k), n = x.shape, codes.shape[0]
+    check_tensor("x", x, dtype=torch.int8, shape=(None, None), device=getattr(x, "device", None), what="tokens")
+    m, k = x.shape
     if not 1 <= k <= MOST_K:
         raise ValueError(
             f"x has {k} inputs, but the INT32 sums need 1 to {MOST_K}: split the inputs and add the results"
         )
-    check_tensor("x_scale", x_scale, dtype=torch.float32, shape=(m,), device=x.device)
     check_tensor(
         "codes", codes, dtype=torch.uint8, shape=(None, -(-k // BLOCK) * 64), device=x.device, what="pack_w4a8"
     )
+    n = codes.shape[0]
+    check_tensor("x_scale", x_scale, dtype=torch.float32, shape=(m,), device=x.device)
     check_tensor("scale", scale, dtype=(torch.float16, torch.float32), shape=(n,), device=x.device)
     if groups is not None:
         if group_size not in (64, 128) or k % group_size:

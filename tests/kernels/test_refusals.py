@@ -1,0 +1,74 @@
+"""Calls as a user gets them wrong: each is refused by a sentence that names the argument, whatever the family."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lqedu_kernels.fp8 import fp8_matmul
+from lqedu_kernels.kv_attention import kv_attention
+from lqedu_kernels.kv_pages import empty_pages, kv_append
+from lqedu_kernels.quantize import rmsnorm_quantize, silu_quantize
+from lqedu_kernels.w4a8 import w4a8_matmul
+from lqedu_kernels.w4a16 import pack_w4a16, w4a16_matmul
+from lqedu_kernels.w8a8 import w8a8_matmul
+
+F8 = torch.float8_e4m3fn
+
+
+class Arguments:
+    """Good arguments of every family, small, on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.x, self.row = zeros(2, 128, dtype=torch.float16), zeros(1, 8, dtype=torch.float16)
+        self.words, self.nibbles = zeros(8, 32, dtype=torch.int16), zeros(8, 64, dtype=torch.uint8)
+        self.x8, self.w8 = zeros(2, 128, dtype=torch.int8), zeros(8, 128, dtype=torch.int8)
+        self.one, self.two, self.eight = zeros(1, 1), zeros(2), zeros(8)
+        self.pages = [empty_pages("kv4", role, 2, 2, 64, device=device) for role in ("key", "value")]
+        self.table, self.lengths = zeros(1, 2, dtype=torch.int32), zeros(1, dtype=torch.int32)
+        self.key, self.query = zeros(1, 2, 1, 64, dtype=torch.float16), zeros(1, 4, 1, 64, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a: w4a16_matmul(a.x, None, a.row), "words .* must be a tensor, got NoneType"),
+        (
+            lambda a: w4a16_matmul(a.x, a.words, a.row, config={}),
+            "config must name its kernel, one of few, many, hopper",
+        ),
+        (lambda a: pack_w4a16(a.x), r"codes must be uint8 \[n, k\], got torch.float16 of shape \[2, 128\]"),
+        (lambda a: w8a8_matmul(a.x8, a.two, a.w8, a.one), r"x_scale .* must have shape \[2, 1\], got \[2\]"),
+        (
+            lambda a: w8a8_matmul(a.x8, a.one, a.w8, a.one, config={"kernel": "few"}),
+            "config .* one of split, tiles, hopper",
+        ),
+        (lambda a: w4a8_matmul(None, a.two, a.nibbles, a.eight), r"x \(tokens\) must be a tensor, got NoneType"),
+        (lambda a: w4a8_matmul(a.x8, a.two, None, a.eight), r"codes \(pack_w4a8\) must be a tensor, got NoneType"),
+        (
+            lambda a: w4a8_matmul(a.x8, a.two, a.nibbles, a.eight, config={}),
+            "config must name its kernel, one of few, tile",
+        ),
+        (lambda a: fp8_matmul(a.x8.to(F8), 1.0, a.w8.to(F8), a.one), "x_scale must be a tensor, got float"),
+        (lambda a: rmsnorm_quantize(a.x, None, eps=1e-6), "weight must be a tensor"),
+        (lambda a: rmsnorm_quantize(a.x, a.x[0], eps="1e-6"), "eps must be a number, got '1e-6'"),
+        (lambda a: silu_quantize(a.x, None), "up must be a tensor"),  # not the codes of the gate alone
+        (lambda a: empty_pages("kv4", "keys", 1, 1, 64, device="cpu"), "role is 'key' or 'value', got 'keys'"),
+        (lambda a: kv_append(None, a.key, *a.pages, a.table, a.lengths), "key must be a tensor, got NoneType"),
+        (
+            lambda a: kv_attention(a.query, *a.pages, a.table, a.lengths, config={"num_warps": 1}),
+            "config lacks num_stages",
+        ),
+    ],
+)
+def test_one_sentence(call: Callable[[Arguments], object], message: str, device: torch.device) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(Arguments(device))
+
+
+def test_no_sequences(device: torch.device) -> None:
+    a = Arguments(device)
+    assert kv_attention(a.query[:0], *a.pages, a.table[:0], a.lengths[:0]).shape == (0, 4, 1, 64)

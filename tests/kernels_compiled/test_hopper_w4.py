@@ -9,7 +9,7 @@ import torch
 import triton
 
 if not triton.__version__.startswith("3.6."):
-    pytest.skip("the Gluon kernels are written for Triton 3.6", allow_module_level=True)
+    pytest.skip(f"the Gluon kernels are written for Triton 3.6, this is {triton.__version__}", allow_module_level=True)
 
 from lqedu_kernels import hopper_w4
 from tests.kernels_compiled.compiler import SHARED, Compiled, compiling_for

@@ -14,11 +14,11 @@ GPUS = [(8, 0), (8, 9), (9, 0)]
 #: kinds of keys and values, query heads of 8 key heads, head size, new tokens; and the GPUs it is compiled for
 CASES = {
     "Llama-3-8B kv4": ("kv4", "kv4", 32, 128, 1, GPUS),
-    "Llama-3-8B fp8, 4 new": ("fp8", "fp8", 32, 128, 4, GPUS),
+    "Llama-3-8B fp8, 4 new": ("fp8", "fp8", 32, 128, 4, [(8, 0), (9, 0)]),
     "Llama-2-7B kv8": ("kv8", "kv8", 8, 128, 1, [(9, 0)]),
-    "heads of 64, mixed": ("kv8", "kv4", 24, 64, 2, [(8, 9), (9, 0)]),
+    "heads of 64, mixed": ("kv8", "kv4", 24, 64, 2, [(9, 0)]),
     "heads of 96": ("kv4", "fp8", 32, 96, 1, [(8, 9)]),
-    "heads of 256": ("kv4", "kv4", 32, 256, 8, [(9, 0)]),
+    "heads of 256": ("kv8", "fp8", 32, 256, 1, GPUS),
 }
 
 

@@ -31,7 +31,7 @@ def test_every_case_compiles(name: str) -> None:
             before = len(compiled)
             case.kernels[cases.OURS][0]()
             assert len(compiled) > before
-            for config in case.candidates[-1:]:
+            for config in case.candidates[-1:] if not seen else ():  # of one variant: the others have the same keys
                 case.configured(config)[0]()
             assert len(case.kernels) > 1 and case.nbytes > 0
             case.reference()

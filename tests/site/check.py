@@ -448,7 +448,9 @@ def documented_functions(chapter: Chapter) -> Iterator[Problem]:
             is_kernel = any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
             if is_kernel:  # Triton reads annotations as types of its own; pointers and blocks have none
                 parameters = []
-            if (node.returns is None and not is_kernel) or any(p.annotation is None and p.arg != "self" for p in parameters):
+            if (node.returns is None and not is_kernel) or any(
+                p.annotation is None and p.arg != "self" for p in parameters
+            ):
                 yield cell.index, f"{node.name}() needs type hints on its parameters and its result"
             if not ast.get_docstring(node):
                 yield cell.index, f"{node.name}() needs a one-line docstring"

@@ -46,8 +46,10 @@ def check(kernel: Compiled, capability: tuple[int, int], *, spills: int = 0) -> 
         assert kernel.mma and not kernel.wgmma
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), HOPPER])
-@pytest.mark.parametrize("m", [1, 16, 64, 1024])
+@pytest.mark.parametrize(
+    ("m", "capability"),
+    [(m, HOPPER) for m in (1, 16, 64, 1024)] + [(m, old) for m in (1, 1024) for old in ((8, 0), (8, 9))],
+)
 def test_default(m: int, capability: tuple[int, int]) -> None:
     check(compiled(capability, m), capability)
 

@@ -69,7 +69,7 @@ def test_group_words_are_copied_ahead() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
-@pytest.mark.parametrize("m", [1, 64, 1024])
+@pytest.mark.parametrize("m", [1, 1024])
 def test_default_on_older_gpus(capability: tuple[int, int], m: int) -> None:
     kernel = compiled(capability, m)
     assert kernel.mma and "griddepcontrol" not in kernel.ptx

@@ -1,12 +1,16 @@
-"""Launch configurations of products of two 8-bit matrices, shared by ``lqedu_kernels.w8a8`` and ``lqedu_kernels.fp8``.
+"""Launches of products of two 8-bit matrices, shared by ``lqedu_kernels.w8a8`` and ``lqedu_kernels.fp8``.
 
-Pure functions of the shape and the GPU. The rules come from measurements on an H100 (``bench/notes/w8a8.md``).
+Configurations are pure functions of the shape and the GPU. The rules come from measurements on an H100 (``bench/notes/w8a8.md``).
 """
 
 from collections.abc import Callable
 
+import torch
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lqedu_kernels._schedule import COUNTERS, counters, overlapped
 from lqedu_kernels._tensors import INTERPRET, Target, check_kernel
 from lqedu_kernels.tuning import Config, configuration
 
@@ -131,3 +135,44 @@ def choose(
     if config["kernel"] == "hopper" and not HAS_GLUON:
         return default(m, n, k, target)
     return config
+
+
+def launch(
+    kernels: tuple[triton.JITFunction, triton.JITFunction],
+    config: Config,
+    target: Target,
+    x_codes: Tensor,
+    w_codes: Tensor,
+    y: Tensor,
+    scales: tuple[Tensor | None, ...],
+    sizes: tuple[int, ...],
+    *,
+    sums: torch.dtype,
+    **constants: object,
+) -> None:
+    """Fill ``y`` by the split or the tiles kernel of a family, whichever the configuration names.
+
+    Args:
+        kernels: of the family; both take operands, ``scales``, then (split) parts of ``sums`` and counters, then ``sizes``.
+        constants: compile-time arguments of this family only.
+    """
+    split_kernel, tiles_kernel = kernels
+    block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
+    tiles = tiles_of(*y.shape, block_m, block_n)
+    options = dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config["group_m"], num_warps=config["warps"],
+        num_stages=config["stages"], **overlapped(target), **constants,
+    )  # fmt: skip
+    if config["kernel"] == "split":
+        splits = config["splits"] if tiles <= COUNTERS else 1
+        parts = count = None
+        if splits > 1:
+            parts = torch.empty((tiles, splits, block_n, block_m), dtype=sums, device=y.device)
+            count = counters(y.device)
+        split_kernel[(tiles * splits,)](x_codes, w_codes, y, *scales, parts, count, *sizes, **options, SPLITS=splits)
+        return
+    d_x = TensorDescriptor.from_tensor(x_codes, [block_m, block_k])
+    d_w = TensorDescriptor.from_tensor(w_codes, [block_n, block_k])
+    d_y = TensorDescriptor.from_tensor(y, [block_m, block_n // 2])
+    programs = min(tiles, target.processors * config["per_processor"])
+    tiles_kernel[(programs,)](d_x, d_w, d_y, *scales, *sizes, **options, FLATTEN=config["flatten"])

@@ -20,11 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lqedu_kernels._dense import choose, default_config, search_space, tiles_of
+from lqedu_kernels._dense import choose, default_config, launch, search_space
 from lqedu_kernels._numerics import to_dtype
-from lqedu_kernels._schedule import COUNTERS, after_previous, counters, grouped_tile, overlapped, sum_of_parts
+from lqedu_kernels._schedule import after_previous, grouped_tile, sum_of_parts
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.tuning import Config
 
@@ -218,27 +217,9 @@ def w8a8_matmul(
             x_codes, x_scale, w_codes, w_scale, x_zero=x_zero, w_sum=w_sum, bias=bias, dtype=dtype, config=c
         )
     y = torch.empty((m, n), dtype=dtype, device=x_codes.device)
-    block_m, block_n, block_k = c["block_m"], c["block_n"], c["block_k"]
-    tiles = tiles_of(m, n, block_m, block_n)
     scales = (x_scale, w_scale, x_zero, w_sum if x_zero is not None else None, bias)
     sizes = (m, n, k, int(x_scale.numel() > 1), int(w_scale.numel() > 1))
-    options = dict(
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=c["group_m"], num_warps=c["warps"], num_stages=c["stages"],
-        **overlapped(target),
-    )  # fmt: skip
-    if c["kernel"] == "split":
-        splits = c["splits"] if tiles <= COUNTERS else 1
-        parts = (
-            torch.empty((tiles, splits, block_n, block_m), dtype=torch.int32, device=y.device) if splits > 1 else None
-        )
-        count = counters(y.device) if splits > 1 else None
-        _split_kernel[(tiles * splits,)](x_codes, w_codes, y, *scales, parts, count, *sizes, **options, SPLITS=splits)
-        return y
-    d_x = TensorDescriptor.from_tensor(x_codes, [block_m, block_k])
-    d_w = TensorDescriptor.from_tensor(w_codes, [block_n, block_k])
-    d_y = TensorDescriptor.from_tensor(y, [block_m, block_n // 2])
-    programs = min(tiles, target.processors * c["per_processor"])
-    _tiles_kernel[(programs,)](d_x, d_w, d_y, *scales, *sizes, **options, FLATTEN=c["flatten"])
+    launch((_split_kernel, _tiles_kernel), c, target, x_codes, w_codes, y, scales, sizes, sums=torch.int32)
     return y
 
 

@@ -38,6 +38,7 @@ from lqedu_kernels.quantize import (
     check_grid,
     largest_along,
     largest_of,
+    largest_of_pieces,
     low_byte,
     quantize_reference,
     quantize_tokens,
@@ -195,15 +196,6 @@ def _right(b, b_right, dtype: tl.constexpr, PIECES: tl.constexpr, RIGHT: tl.cons
 
 
 @triton.jit
-def _largest(b, PIECES: tl.constexpr):
-    """Largest magnitude of each row of the pieces."""
-    b_largest = tl.abs(b[0])
-    for j in tl.static_range(1, PIECES):
-        b_largest = largest_of(b_largest, tl.abs(b[j]))
-    return largest_along(b_largest, 1)
-
-
-@triton.jit
 def _store_pieces(
     p_y, o_y, m_y, b, b_factor,
     LARGEST: tl.constexpr, UNIT: tl.constexpr, CLIPPED: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr,
@@ -278,11 +270,11 @@ def _hadamard_kernel(
         b_factor = factor
         if LARGEST:
             TOKENS: tl.constexpr = USED // TOKEN
-            b_largest = _largest(b_y, PIECES)
+            b_largest = largest_of_pieces(b_y, PIECES)
             if TOKENS == 1:
                 b_range = largest_along(b_largest, 0)
                 if MORE:
-                    b_range = largest_of(b_range, largest_along(_largest(b_ym, PIECES), 0))
+                    b_range = largest_of(b_range, largest_along(largest_of_pieces(b_ym, PIECES), 0))
                 b_scale, b_factor = _scale(b_range, factor, clip_ratio, LARGEST)
                 tl.store(p_scale + tile, b_scale)
             else:

@@ -281,7 +281,7 @@ def _range(b_x, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _largest(b_x, PIECES: tl.constexpr):
+def largest_of_pieces(b_x, PIECES: tl.constexpr):
     """Largest magnitude of each run: [GROUPS]."""
     b_largest = tl.abs(b_x[0])
     for j in tl.static_range(1, PIECES):
@@ -339,7 +339,7 @@ def _quantize_kernel(
             b_zero = tl.minimum(tl.maximum(b_zero, -LARGEST - 1), LARGEST)[:, None]
             tl.store(p_zero + row + o_g[:, None], b_zero)
         else:
-            b_scale = scale_of(clip_ratio * _largest(b_x, PIECES), LARGEST, FLOAT)
+            b_scale = scale_of(clip_ratio * largest_of_pieces(b_x, PIECES), LARGEST, FLOAT)
         groups = tl.cdiv(K, SIZE) if GROUPS > 1 else 1
         tl.store(p_scale + row * groups + o_g, b_scale, mask=o_g < groups)
         # 4. Codes.

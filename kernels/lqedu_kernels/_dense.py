@@ -11,11 +11,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lqedu_kernels._schedule import COUNTERS, counters, overlapped
-from lqedu_kernels._tensors import INTERPRET, Target, check_kernel
+from lqedu_kernels._tensors import HAS_GLUON, Target, check_kernel
 from lqedu_kernels.tuning import Config, configuration
-
-#: The language of ``lqedu_kernels.hopper_dense`` changes from one version of Triton to the next; this is its version.
-HAS_GLUON = triton.__version__.startswith("3.6.") and not INTERPRET
 
 
 def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str]:

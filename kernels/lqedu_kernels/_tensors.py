@@ -14,6 +14,9 @@ from torch import Tensor
 #: Whether kernels run in Triton's interpreter, on the CPU. Read once: Triton decides at decoration time.
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 
+#: Whether the Gluon kernels can be imported: their language changes between versions of Triton, and has no interpreter.
+HAS_GLUON: bool = triton.__version__.startswith("3.6.") and not INTERPRET
+
 
 class Target(NamedTuple):
     """The device a kernel is compiled for."""
@@ -31,7 +34,8 @@ def target_of(tensor: Tensor, argument: str) -> Target:
     """The device of a tensor, refused if no kernel can run there.
 
     Raises:
-        ValueError: a tensor that is not on a CUDA device, outside the interpreter; a GPU older than Ampere.
+        ValueError: a tensor that is not on a CUDA device, outside the interpreter, or not on the current one, where Triton
+            would launch; a GPU older than Ampere.
     """
     if assumed is not None:
         return assumed
@@ -39,6 +43,11 @@ def target_of(tensor: Tensor, argument: str) -> Target:
         raise ValueError(
             f"{argument} is on {tensor.device}, but the kernel runs on a CUDA GPU: move it with .cuda(), "
             "or set TRITON_INTERPRET=1 before Triton is imported to run on the CPU (slow, for learning)"
+        )
+    if tensor.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"{argument} is on {tensor.device}, but kernels are launched on the current device, "
+            f"cuda:{torch.cuda.current_device()}: call this inside `with torch.cuda.device({str(tensor.device)!r}):`"
         )
     properties = torch.cuda.get_device_properties(tensor.device)
     target = Target(properties.name, (properties.major, properties.minor), properties.multi_processor_count)

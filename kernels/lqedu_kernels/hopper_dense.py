@@ -44,7 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqedu_kernels._dense import has_descriptors
 from lqedu_kernels._schedule import grouped_tile
-from lqedu_kernels._tensors import Target, target_of
+from lqedu_kernels._tensors import HAS_GLUON, Target, target_of
 
 #: Inputs of a step, a row of shared memory (128 bytes, one swizzle); also inputs and outputs that share a scale of a block.
 BLOCK = 128
@@ -54,7 +54,7 @@ _SHARED = 232448 - 1024
 
 def available(target: Target) -> bool:
     """Whether these kernels run: on compute capability 9.0 with Triton 3.6, whose Gluon they are written for."""
-    return target.capability == (9, 0) and triton.__version__.startswith("3.6.")
+    return target.capability == (9, 0) and HAS_GLUON
 
 
 # ---- launch configurations ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqedu_kernels._numerics import round_half_even
 from lqedu_kernels._schedule import counters, grouped_tile
-from lqedu_kernels._tensors import Target
+from lqedu_kernels._tensors import HAS_GLUON, Target
 from lqedu_kernels.w4a16 import _weight_ptx
 
 BLOCK = 128  # inputs of a block, the unit of packing
@@ -54,7 +54,7 @@ def available(target: Target, *tensors: Tensor) -> bool:
     TMA wants rows that start at multiples of 16 bytes: of x, packed weights, y, and scales or zero points of groups.
     """
     aligned = all(t.shape[0] == 1 or t.shape[1] * t.element_size() % 16 == 0 for t in tensors)
-    return target.capability == (9, 0) and triton.__version__.startswith("3.6.") and aligned
+    return target.capability == (9, 0) and HAS_GLUON and aligned
 
 
 def search_space(m: int, n: int, k: int, dtype: torch.dtype) -> list[dict]:

@@ -30,10 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lqedu_kernels import _tensors
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_parts, sum_of_programs
-from lqedu_kernels._tensors import Target, check_kernel, check_tensor, target_of
+from lqedu_kernels._tensors import HAS_GLUON, Target, check_kernel, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -49,8 +48,6 @@ __all__ = [
 
 BLOCK = 128  # inputs of a block; a group of 32, 64 or 128 never crosses one
 LANES = 32  # words of a block
-#: The language of ``lqedu_kernels.hopper_w4`` changes from one version of Triton to the next; this is its version.
-_HAS_GLUON = triton.__version__.startswith("3.6.") and not _tensors.INTERPRET
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -151,7 +148,7 @@ def search_space(m: int, n: int, k: int, target: Target) -> list[dict]:
                 3 * target.processors: None,
             }:
                 space.append(dict(kernel="many", block_m=block_m, block_n=block_n, warps=4, stages=3, group_m=8, programs=programs))  # fmt: skip
-    if m > 32 and _HAS_GLUON and target.capability == (9, 0):
+    if m > 32 and HAS_GLUON and target.capability == (9, 0):
         from lqedu_kernels import hopper_w4
 
         space += [dict(kernel="hopper", **c) for c in hopper_w4.search_space(m, n, k, torch.float16)]
@@ -486,7 +483,7 @@ def w4a16_matmul(
     if c["kernel"] == "hopper":
         # The forms that were compared with the reference on a GPU; the others compile, see bench/notes/hopper_w4.md.
         compared = group_size is not None and not float_zero and scale.dtype == x.dtype and bias is None
-        if _HAS_GLUON and compared:
+        if HAS_GLUON and compared:
             from lqedu_kernels import hopper_w4  # Gluon, which only this version of Triton can import
 
             if hopper_w4.available(target, *(t for t in (x, words, y, scale, zero) if t is not None)):

@@ -30,11 +30,7 @@ Exact: ``Σ x w8`` is bit-equal to the reference for every split of the work, be
 the sum to float32, two products and the bias in float32, and the result once to the output's dtype.
 """
 
-import contextlib
-import functools
-import importlib
 from collections.abc import Mapping
-from types import ModuleType
 
 import torch
 import triton
@@ -43,7 +39,7 @@ from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import grouped_tile
-from lqedu_kernels._tensors import check_kernel, check_tensor, target_of
+from lqedu_kernels._tensors import HAS_GLUON, check_kernel, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -411,8 +407,10 @@ def tile(
 def search_space(m: int, n: int, k: int) -> list[dict]:
     """Launches worth timing on an H100, best guesses first."""
     found = []
-    if m >= 64 and _hopper() is not None:
-        found += [{"kernel": "hopper", **c} for c in _hopper().search_space(m, n, k, torch.int8)[:8]]
+    if m >= 64 and HAS_GLUON:
+        from lqedu_kernels import hopper_w4  # Gluon, which only this version of Triton can import
+
+        found += [{"kernel": "hopper", **c} for c in hopper_w4.search_space(m, n, k, torch.int8)[:8]]
     if m <= 32:
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
         sizes = ((32, 4, 4), (16, 4, 5), (32, 2, 6), (16, 2, 6))
@@ -429,14 +427,6 @@ def search_space(m: int, n: int, k: int) -> list[dict]:
         for block_n, block_m, warps, stages in ((64, 256, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4)):
             found += [tile(block_n, block_m, 1, warps=warps, stages=stages, group_m=g) for g in (2, 8)]
     return found
-
-
-@functools.cache
-def _hopper() -> ModuleType | None:
-    """The Gluon kernels of ``hopper_w4``, where this version of Triton can import them."""
-    if INTERPRET or not triton.__version__.startswith("3.6."):
-        return None
-    return importlib.import_module("lqedu_kernels.hopper_w4")
 
 
 def w4a8_matmul(
@@ -485,11 +475,14 @@ def w4a8_matmul(
         tensors = [x, codes, y] if groups is None else [x, codes, y, groups]
         # The forms that were compared with the reference on a GPU; the others compile, see bench/notes/hopper_w4.md.
         compared = bias is None and dtype == torch.float16 and (zero is None or launch["warps"] == 8)
-        if compared and _hopper() is not None and _hopper().available(target, *tensors):
-            return _hopper().w4a8(
-                x, x_scale, codes, scale, groups, zero, x_sum, bias, y,
-                group_size=group_size, config=launch, processors=target.processors,
-            )  # fmt: skip
+        if HAS_GLUON and compared:
+            from lqedu_kernels import hopper_w4
+
+            if hopper_w4.available(target, *tensors):
+                return hopper_w4.w4a8(
+                    x, x_scale, codes, scale, groups, zero, x_sum, bias, y,
+                    group_size=group_size, config=launch, processors=target.processors,
+                )  # fmt: skip
         launch = default_config(m, n, k)
     blocks = -(-k // BLOCK)
     tiles_m, tiles_n = -(-m // launch["BM"]), -(-n // launch["BN"])
@@ -502,12 +495,11 @@ def w4a8_matmul(
     launch["AHEAD"] = launch["AHEAD"] and target.capability >= (9, 0) and not INTERPRET.value
     if launch["AHEAD"]:
         launch["launch_pdl"] = True
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernel[grid](
-            x, x_scale, codes, scale, codes if groups is None else groups.flatten().view(torch.int32), zero, x_sum, bias, y,
-            m, n, k, blocks, 1 if groups is None else groups.shape[1] // 2,
-            FORM=form, GROUP=group_size, EVEN_K=even, **launch,
-        )  # fmt: skip
+    kernel[grid](
+        x, x_scale, codes, scale, codes if groups is None else groups.flatten().view(torch.int32), zero, x_sum, bias, y,
+        m, n, k, blocks, 1 if groups is None else groups.shape[1] // 2,
+        FORM=form, GROUP=group_size, EVEN_K=even, **launch,
+    )  # fmt: skip
     return y
 
 

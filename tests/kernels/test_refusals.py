@@ -1,10 +1,12 @@
 """Calls as a user gets them wrong: each is refused by a sentence that names the argument, whatever the family."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lqedu_kernels import _tensors
 from lqedu_kernels.fp8 import fp8_matmul
 from lqedu_kernels.kv_attention import kv_attention
 from lqedu_kernels.kv_pages import empty_pages, kv_append
@@ -72,3 +74,14 @@ def test_one_sentence(call: Callable[[Arguments], object], message: str, device:
 def test_no_sequences(device: torch.device) -> None:
     a = Arguments(device)
     assert kv_attention(a.query[:0], *a.pages, a.table[:0], a.lengths[:0]).shape == (0, 4, 1, 64)
+
+
+def test_another_device_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, wherever the tensors are."""
+    monkeypatch.setattr(_tensors, "assumed", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    elsewhere = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    with pytest.raises(
+        ValueError, match=r"x is on cuda:1, .* device, cuda:0: call this inside `with torch.cuda.device"
+    ):
+        _tensors.target_of(elsewhere, "x")

@@ -91,10 +91,11 @@ def kernel_linear(x: Tensor, weight: KernelWeight, grid: ActivationGrid | Float8
     """
     flat = x.reshape(-1, x.shape[-1])
     run = _function(weight.operation, on_gpu=x.is_cuda)
-    if weight.operation == "w4a16":
-        y = run(flat, **weight.tensors, **weight.options)
-    else:
-        y = run(**_inputs(flat, weight, grid), **weight.tensors, **weight.options, dtype=x.dtype)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, and a model may be spread over several
+        if weight.operation == "w4a16":
+            y = run(flat, **weight.tensors, **weight.options)
+        else:
+            y = run(**_inputs(flat, weight, grid), **weight.tensors, **weight.options, dtype=x.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

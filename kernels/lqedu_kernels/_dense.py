@@ -123,15 +123,25 @@ def has_descriptors(n: int, k: int, target: Target) -> bool:
 def choose(
     config: Config | None, operation: str, m: int, n: int, k: int, target: Target, default: Callable[..., Config]
 ) -> Config:
-    """The configuration asked for, else the one measured on this GPU, else the default, where it can run at this size."""
+    """The configuration asked for, else the one measured on this GPU where it can run at this size, else the default.
+
+    Raises:
+        ValueError: a configuration asked for that cannot run.
+    """
     check_kernel(config, ("split", "tiles", "hopper"))
-    if config is None and k % 16 == 0:
-        config = configuration(operation, m, n, k, gpu=target.name)
-    if config is None or (config["kernel"] != "split" and not has_descriptors(n, k, target)):
-        return default(m, n, k, target)
-    if config["kernel"] == "hopper" and not HAS_GLUON:
-        return default(m, n, k, target)
-    return config
+
+    def runs(c: Config) -> bool:
+        return c["kernel"] == "split" or (has_descriptors(n, k, target) and (c["kernel"] == "tiles" or HAS_GLUON))
+
+    if config is not None:
+        if not runs(config):
+            raise ValueError(
+                f"config asks for kernel {config['kernel']!r}, which needs compute capability 9.0, K a multiple of 16 and N of 8 "
+                f"(and 'hopper' Triton 3.6), but N is {n} and K {k} on a {target.name}: take another config, or None"
+            )
+        return config
+    measured = configuration(operation, m, n, k, gpu=target.name) if k % 16 == 0 else None
+    return measured if measured is not None and runs(measured) else default(m, n, k, target)
 
 
 def launch(

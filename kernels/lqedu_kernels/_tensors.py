@@ -16,6 +16,10 @@ INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 
 #: Whether the Gluon kernels can be imported: their language changes between versions of Triton, and has no interpreter.
 HAS_GLUON: bool = triton.__version__.startswith("3.6.") and not INTERPRET
+GLUON_LIMITS = (
+    "it needs Hopper, Triton 3.6, rows of whole 16 bytes and a form that was compared on a GPU (float16, no bias, ...; "
+    "bench/notes/hopper_w4.md); take another config, or None"
+)
 
 
 class Target(NamedTuple):

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_parts, sum_of_programs
-from lqedu_kernels._tensors import HAS_GLUON, Target, check_kernel, check_tensor, target_of
+from lqedu_kernels._tensors import GLUON_LIMITS, HAS_GLUON, Target, check_kernel, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -490,6 +490,8 @@ def w4a16_matmul(
                 return hopper_w4.w4a16(
                     x, words, scale, zero, bias, y, group_size=group_size, config=c, processors=target.processors
                 )  # fmt: skip
+        if config is not None:
+            raise ValueError(f"config asks for the Gluon kernel, which does not take this call: {GLUON_LIMITS}")
         c = default_config(m, n, k, target)
     block_m, block_n = c["block_m"], c["block_n"]
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)

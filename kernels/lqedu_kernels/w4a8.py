@@ -39,7 +39,7 @@ from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import grouped_tile
-from lqedu_kernels._tensors import HAS_GLUON, check_kernel, check_tensor, target_of
+from lqedu_kernels._tensors import GLUON_LIMITS, HAS_GLUON, check_kernel, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -483,6 +483,8 @@ def w4a8_matmul(
                     x, x_scale, codes, scale, groups, zero, x_sum, bias, y,
                     group_size=group_size, config=launch, processors=target.processors,
                 )  # fmt: skip
+        if config is not None:
+            raise ValueError(f"config asks for the Gluon kernel, which does not take this call: {GLUON_LIMITS}")
         launch = default_config(m, n, k)
     blocks = -(-k // BLOCK)
     tiles_m, tiles_n = -(-m // launch["BM"]), -(-n // launch["BN"])

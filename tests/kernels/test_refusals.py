@@ -85,3 +85,15 @@ def test_another_device_than_the_current_one_is_refused(monkeypatch: pytest.Monk
         ValueError, match=r"x is on cuda:1, .* device, cuda:0: call this inside `with torch.cuda.device"
     ):
         _tensors.target_of(elsewhere, "x")
+
+
+@pytest.mark.skipif(_tensors.HAS_GLUON, reason="here the Gluon kernels may run")
+def test_a_configuration_that_cannot_run_is_not_replaced(device: torch.device) -> None:
+    a = Arguments(device)
+    for call in (
+        lambda: w4a16_matmul(a.x, a.words, a.row, config={"kernel": "hopper"}),
+        lambda: w4a8_matmul(a.x8, a.two, a.nibbles, a.eight, config={"kernel": "hopper"}),
+        lambda: w8a8_matmul(a.x8, a.one, a.w8, a.one, config={"kernel": "hopper"}),
+    ):
+        with pytest.raises(ValueError, match=r"config asks for .* Triton 3\.6.*take another config, or None"):
+            call()

@@ -4,6 +4,7 @@
     tokenizer files                       the model's own
     model.safetensors                     packed codes, scales, zero points; every other tensor as it was
     lqedu.json                            format version, method, and for each layer its grid, shape and report
+    README.md                             the model card, see ``lqedu.checkpoint.card``
 
 Nothing in it is a pickle. Chapter ``04-gptq`` writes and reads one.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from lqedu import __version__
 from lqedu.atomic import atomic_directory
+from lqedu.checkpoint.card import CARD, Facts, card_of, facts_of
 from lqedu.checkpoint.unfinished import save_safetensors
 from lqedu.errors import CheckpointError, GridError, UsageError
 from lqedu.rounding import RoundingReport
@@ -33,13 +35,15 @@ WEIGHTS = "model.safetensors"
 FORMAT_VERSION = 1
 
 
-def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
+def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: Facts | None = None) -> Path:
     """Write a quantized model to a new folder, all of it or nothing.
 
     Args:
         model: a model that :func:`lqedu.quantize` returned.
         folder: must not exist yet.
         tokenizer: saved beside the model; by default the one that :func:`lqedu.load_model` gave with the dense model.
+        facts: what the model card says of the dense model, the calibration and the measured quality; by default what the
+            model carries as ``lqedu_facts``, which is what its folder said if it was loaded from one.
 
     Returns:
         The folder.
@@ -48,6 +52,8 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
         UsageError: the model is not quantized, or its tokenizer is not known.
         CheckpointError: the folder exists, or cannot be written (a full disk, for instance).
     """
+    if hasattr(model, "lqedu_kernels"):
+        raise UsageError("the model runs on kernels, whose layouts are not stored; save the one that to_kernels was given")
     layers = quantized_linears(model)
     if not layers:
         raise UsageError("the model has no quantized layers; call lqedu.quantize first")
@@ -55,12 +61,14 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
     if tokenizer is None:
         raise UsageError("the model carries no tokenizer; pass tokenizer=")
     tensors, tied = _distinct(model.state_dict())
+    facts = facts_of(model) if facts is None else facts
     record = {
         "format": "lqedu",
         "format_version": FORMAT_VERSION,
         "lqedu_version": __version__,
         "method": model.lqedu_method,
         "notes": list(getattr(model, "lqedu_notes", ())),
+        "facts": facts.to_dict(),
         "tied": tied,
         "attention": model.lqedu_attention.to_dict() if hasattr(model, "lqedu_attention") else None,
         "layers": {
@@ -76,6 +84,7 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
         tokenizer.save_pretrained(temporary)
         save_safetensors(tensors, temporary / WEIGHTS, {"format": "pt"})
         (temporary / RECORD).write_text(json.dumps(record, indent=1))
+        (temporary / CARD).write_text(card_of(model, facts), encoding="utf-8")
     return folder
 
 
@@ -136,6 +145,7 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
     model.requires_grad_(False).eval()
     model.lqedu_method, model.lqedu_reports, model.lqedu_tokenizer = record["method"], reports, tokenizer
     model.lqedu_notes = tuple(record.get("notes", ()))  # they change nothing: a folder may lack them
+    model.lqedu_facts = Facts.from_dict(record.get("facts", {}))
     return model, tokenizer
 
 

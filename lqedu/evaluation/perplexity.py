@@ -96,10 +96,13 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4, progre
         stderr=stderr,
         tokens=windows.numel(),
         window_nll=tuple(window_nll),
-        windows_sha256=hashlib.sha256(
-            f"{list(windows.shape)}".encode() + windows.cpu().contiguous().numpy().tobytes()
-        ).hexdigest(),
+        windows_sha256=windows_sha256(windows),
     )
+
+
+def windows_sha256(windows: Tensor) -> str:
+    """Digest of token ids ``[count, length]``, of their shape and their bytes; in hex."""
+    return hashlib.sha256(f"{list(windows.shape)}".encode() + windows.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def paired(a: Perplexity, b: Perplexity) -> PairedDifference:

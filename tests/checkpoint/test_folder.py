@@ -85,7 +85,7 @@ def test_bytes_by_part_equal_the_formula(saved: Path) -> None:
 
 
 def test_no_pickle_in_the_folder(saved: Path) -> None:
-    assert {path.suffix for path in saved.iterdir()} <= {".json", ".safetensors"}
+    assert {path.suffix for path in saved.iterdir()} <= {".json", ".safetensors", ".md"}
 
 
 def _edit_record(folder: Path, **changes: object) -> None:

@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from lqedu.runtime.linear import QuantLinear, quantized_linears
+from lqedu.runtime.packed import PackedLinear, to_kernels
 
 if TYPE_CHECKING:
     from lqedu.runtime.kv_cache import PackedCache, quantize_kv
 
-__all__ = ["PackedCache", "QuantLinear", "quantize_kv", "quantized_linears"]
+__all__ = ["PackedCache", "PackedLinear", "QuantLinear", "quantize_kv", "quantized_linears", "to_kernels"]
 
 
 def __getattr__(name: str) -> Any:

@@ -102,6 +102,40 @@ def test_fp8(weights: str, inputs: str) -> None:
     assert relative_error(y, want) < HALF
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 5])
+def test_fewer_bits_of_activations_are_int8_codes_too(bits: int, symmetric: bool) -> None:
+    q, _ = nearest(problems.weight(48, 256, seed=4), IntGrid(4, granularity="channel", symmetric=True))
+    grid, x = ActivationGrid(bits, symmetric=symmetric, clip_ratio=0.9), _x(6, 256)
+    want = integer_linear(*_codes(grid, x), q)
+    for kept in (True, False):
+        packed = kernel_weight(q, integer_inputs=True, zero_points=kept)
+        assert ("w_sum" in packed.tensors) == kept
+        assert relative_error(kernel_linear(x, packed, grid), want) < HALF
+
+
+def test_four_bits_by_channel_with_zero_points() -> None:
+    q, _ = nearest(problems.weight(48, 256, seed=4), IntGrid(4, granularity="channel"))
+    grid, x = ActivationGrid(8), _x(6, 256)
+    packed = kernel_weight(q, integer_inputs=True)
+    assert relative_error(kernel_linear(x, packed, grid), integer_linear(*_codes(grid, x), q)) < HALF
+    with pytest.raises(GridError, match="symmetric codes of activations"):
+        kernel_linear(x, packed, ActivationGrid(8, symmetric=False))
+    with pytest.raises(GridError, match="where the activations have none"):
+        kernel_weight(q, integer_inputs=True, zero_points=True)
+
+
+def test_eight_bits_by_tensor_and_a_static_scale() -> None:
+    q, _ = nearest(problems.weight(40, 96, seed=2), IntGrid(8, True, "tensor"))
+    grid, x = ActivationGrid(8, symmetric=False, granularity="tensor", static=True), _x(7, 96)
+    static = grid.fit(x[:3])
+    packed = kernel_weight(q, integer_inputs=True, zero_points=True)
+    bias = torch.randn(40, generator=problems.seeded(9)).half()
+    want = integer_linear(grid.encode(x, *static), *static, q) + bias.double()
+    assert relative_error(kernel_linear(x, packed, grid, static=static, bias=bias), want) < HALF
+    assert packed.nbytes == 40 * 96 + 2 + 4 * 40  # codes, one float16 scale, sums of rows
+
+
 def test_leading_axes_stay() -> None:
     q, _ = nearest(problems.weight(48, 64, seed=4), IntGrid(4))
     assert kernel_linear(_x(6, 64).view(2, 3, 64), kernel_weight(q)).shape == (2, 3, 48)
@@ -122,8 +156,6 @@ def test_what_no_kernel_reads_is_refused() -> None:
     packed = kernel_weight(progressive_quantize(w, ProgressiveGrid(group_size=64)))
     with pytest.raises(GridError, match="codes of a ActivationGrid, got None"):
         kernel_linear(_x(2, 64), packed)
-    with pytest.raises(GridError, match="8-bit codes"):
-        kernel_linear(_x(2, 64), packed, ActivationGrid(4))
     with pytest.raises(GridError, match="symmetric codes of activations"):
         kernel_linear(_x(2, 64), packed, ActivationGrid(8, symmetric=False))
 

@@ -1,6 +1,6 @@
 """A method is one answer to each of four questions; the registry of methods is the book's summary table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -14,6 +14,7 @@ from lqedu.formats.kv import KVInt
 from lqedu.models.anatomy import Stage
 from lqedu.options import check_count
 from lqedu.rounding import RoundingReport
+from lqedu.transforms.moves import Move
 
 if TYPE_CHECKING:
     from lqedu.runtime.attention import AttentionPath
@@ -46,7 +47,8 @@ class Method:
 
     ``needs_calibration`` asks for token windows and ``needs_hessian`` for each linear's Hessian as well. With
     ``calibrates_on="quantized"`` a block sees what the quantized blocks before it put out, with "dense" what the dense
-    ones would.
+    ones would. Without ``learns_from_blocks``, :meth:`learn` needs the whole model in memory and gradients through it, so the
+    method can neither be streamed nor calibrated by several processes.
     """
 
     name: ClassVar[str]
@@ -58,6 +60,7 @@ class Method:
     needs_calibration: ClassVar[bool]
     needs_hessian: ClassVar[bool] = False
     calibrates_on: ClassVar[Literal["quantized", "dense"]] = "quantized"
+    learns_from_blocks: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):  # abstract bases such as WeightOnly carry no name
@@ -96,13 +99,22 @@ class Method:
         """How keys and values are stored; ``None`` leaves the attention of transformers alone."""
         return None
 
-    def learn(self, model: nn.Module, calibration: Tensor | None, *, progress: bool = False) -> dict[str, Tensor]:
-        """Train what :meth:`prepare_model` needs; an interrupted run keeps it and does not train again.
+    def learn(
+        self,
+        model: nn.Module,
+        calibration: Tensor | None,
+        *,
+        progress: bool = False,
+        blocks: Iterable[nn.Module] | None = None,
+    ) -> dict[str, Tensor]:
+        """Find what :meth:`model_move` needs; an interrupted run keeps it and does not search or train again.
 
         Args:
             model: the dense model. Not changed.
             calibration: token ids ``[windows, length]``, or ``None`` where the method reads none.
             progress: show a progress bar on stderr.
+            blocks: the dense blocks, in order, where they come one at a time; of ``model`` only the embeddings are in memory
+                then. Their parameters may be replaced.
         """
         return {}
 
@@ -110,17 +122,21 @@ class Method:
         """What this method does otherwise than its name says because of this dense model: a sentence each."""
         return ()
 
-    def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
-        """Move the difficulty across a whole dense model, before calibration; its function must not change.
+    def model_move(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Move:
+        """How the difficulty is moved across a whole dense model, before calibration; its function must not change.
 
         Args:
-            model: a copy whose parameters may be replaced, but not changed in place.
+            model: whose shapes are read, and where its embedding is.
             learned: what :meth:`learn` returned.
 
         Returns:
-            ``model`` or a new one, the same each time it is called (an interrupted run calls it again).
+            The same each time it is called (an interrupted run calls it again).
         """
-        return model
+        return Move()
+
+    def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
+        """A model in memory behind :meth:`model_move`: a copy that shares its tensors, or itself where nothing moves."""
+        return self.model_move(model, learned)(model)
 
     def prepare_block(
         self, block: nn.Module, stages: tuple[Stage, ...], hidden: Tensor, kwargs: Mapping[str, Any]

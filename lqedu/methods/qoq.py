@@ -11,7 +11,7 @@ Everything is done offline, in the reference's order. Where this file differs, a
 - a range is one of 20 factors down to 0.525 of the largest weight, the reference's one of 80 down to 0.2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from lqedu.errors import UsageError
 from lqedu.formats import IntGrid, QTensor
 from lqedu.formats.progressive import ProgressiveGrid, ProgressiveTensor
 from lqedu.methods.base import Answers, QuantizedActivations
-from lqedu.methods.quarot import rotate_offline, rotation_notes
+from lqedu.methods.quarot import offline_rotation, rotation_notes
 from lqedu.models.anatomy import Stage
 from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, gptq, nearest
@@ -31,7 +31,8 @@ from lqedu.rounding.gptq import check_schedule
 from lqedu.rounding.progressive import affine_grid, progressive_gptq, progressive_nearest
 from lqedu.transforms.clipping import fit_clipped
 from lqedu.transforms.folding import fold_scale, tie_heads
-from lqedu.transforms.reorder import find_orders, reorder_model
+from lqedu.transforms.moves import Move
+from lqedu.transforms.reorder import find_orders, reorder_move
 from lqedu.transforms.smooth_attention import (
     attention_heads,
     attention_scales,
@@ -151,17 +152,26 @@ class QoQ(QuantizedActivations):
         """Rotations that fall back to blocks."""
         return rotation_notes(model) if self.rotate else ()
 
-    def learn(self, model: nn.Module, calibration: Tensor | None, *, progress: bool = False) -> dict[str, Tensor]:
+    def learn(
+        self,
+        model: nn.Module,
+        calibration: Tensor | None,
+        *,
+        progress: bool = False,
+        blocks: Iterable[nn.Module] | None = None,
+    ) -> dict[str, Tensor]:
         """Find the orders of channels in the rotated model."""
         if not self.reorders():
             return {}
+        rotate = self._rotation(model)
+        model, blocks = (rotate(model), None) if blocks is None else rotate.begun(model, blocks)
         count = min(len(calibration), -(-self.search_tokens // calibration.shape[1]))
-        return find_orders(self._rotated(model), calibration[:count], residual=self.reorder == "all")
+        return find_orders(model, calibration[:count], residual=self.reorder == "all", blocks=blocks)
 
-    def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
+    def model_move(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Move:
         """Rotate, then reorder."""
-        rotated = self._rotated(model)
-        return reorder_model(rotated, learned) if learned else rotated
+        rotate = self._rotation(model)
+        return rotate.then(reorder_move(model, learned)) if learned else rotate
 
     def prepare_block(
         self, block: nn.Module, stages: tuple[Stage, ...], hidden: Tensor, kwargs: Mapping[str, Any]
@@ -189,8 +199,8 @@ class QoQ(QuantizedActivations):
         schedule = {"damping": self.damping, "block_size": self.block_size, "order": self.order}
         return (progressive_gptq if progressive else gptq)(weight, hessian, grid, fitted=fitted, **schedule)
 
-    def _rotated(self, model: nn.Module) -> nn.Module:
-        return rotate_offline(model, self.seed) if self.rotate else model
+    def _rotation(self, model: nn.Module) -> Move:
+        return offline_rotation(model, self.seed) if self.rotate else Move()
 
     def _smooths(self, stage: Stage) -> bool:
         """Stages that write the residual stream and whose input something in the block can absorb."""

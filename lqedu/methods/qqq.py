@@ -25,13 +25,14 @@ from lqedu.errors import UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.formats.requantized import RequantizedGrid, RequantizedTensor, requantize
 from lqedu.methods.base import Answers, QuantizedActivations
-from lqedu.methods.quarot import rotate_offline, rotation_notes
+from lqedu.methods.quarot import offline_rotation, rotation_notes
 from lqedu.models.anatomy import Stage
 from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, gptq
 from lqedu.rounding.gptq import check_schedule
 from lqedu.rounding.report import proxy_loss
 from lqedu.transforms.folding import fold_scale, tie_heads
+from lqedu.transforms.moves import Move
 from lqedu.transforms.threshold import ThresholdSearch, search_threshold
 
 
@@ -103,9 +104,9 @@ class QQQ(QuantizedActivations):
         """Rotations that fall back to blocks."""
         return rotation_notes(model) if self.move == "rotate" else ()
 
-    def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
+    def model_move(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Move:
         """Rotate the residual stream and the values offline, where ``move`` says so."""
-        return rotate_offline(model, self.seed) if self.move == "rotate" else model
+        return offline_rotation(model, self.seed) if self.move == "rotate" else Move()
 
     def prepare_block(
         self, block: nn.Module, stages: tuple[Stage, ...], hidden: Tensor, kwargs: Mapping[str, Any]

@@ -25,7 +25,8 @@ from lqedu.options import check_count, check_number
 from lqedu.rounding import RoundingReport, gptq, nearest
 from lqedu.rounding.gptq import check_schedule
 from lqedu.runtime.inputs import InputPath, TransformedLinear
-from lqedu.transforms.rotation import head_dim, rotate_model
+from lqedu.transforms.moves import Move
+from lqedu.transforms.rotation import head_dim, rotation_move
 
 if TYPE_CHECKING:
     from lqedu.runtime.attention import AttentionPath
@@ -132,18 +133,20 @@ class QuaRot(Rotated):
         }
         return rotation_notes(model) + block_notes(online)
 
-    def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
+    def model_move(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Move:
         """Rotate the residual stream and the values offline; transform the inputs of ``o_proj`` and ``down_proj`` online."""
         hidden, size = model.get_input_embeddings().embedding_dim, head_dim(model)
         generator = torch.Generator().manual_seed(self.seed)
         residual = hadamard_rotation(hidden, generator)
         # signs behind the matrix, not before it: a transform of the whole width would undo a part of a bare one
         values = hadamard_rotation(size, generator).T
-        rotated = rotate_model(model, residual, [values] * len(block_list(model)))
-        for block in block_list(rotated):
+        rotated = rotation_move(model, residual, [values] * len(block_list(model)))
+
+        def online(block: nn.Module, index: int) -> None:
             transform_input(block, "self_attn.o_proj", across_heads(block.self_attn.o_proj.in_features, size))
             transform_input(block, "mlp.down_proj", full_width(block.mlp.down_proj.in_features))
-        return rotated
+
+        return rotated.then(Move(block=online))
 
 
 def hadamard_rotation(n: int, generator: torch.Generator) -> Tensor:
@@ -157,9 +160,14 @@ def rotate_offline(model: nn.Module, seed: int) -> nn.Module:
 
     Nothing is left to do while the model runs: what :class:`lqedu.methods.QQQ` and :class:`lqedu.methods.QoQ` call rotation.
     """
+    return offline_rotation(model, seed)(model)
+
+
+def offline_rotation(model: nn.Module, seed: int) -> Move:
+    """The same as a move that needs one part of the model in memory at a time."""
     generator = torch.Generator().manual_seed(seed)
     residual = hadamard_rotation(model.get_input_embeddings().embedding_dim, generator)
-    return rotate_model(model, residual, [hadamard_rotation(head_dim(model), generator)] * len(block_list(model)))
+    return rotation_move(model, residual, [hadamard_rotation(head_dim(model), generator)] * len(block_list(model)))
 
 
 def full_width(n: int) -> InputPath:

@@ -10,7 +10,7 @@ Liu et al., 2024, arXiv:2405.16406. Derived from the paper's equations; where th
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +29,8 @@ from lqedu.models.anatomy import block_list
 from lqedu.options import check_count, check_number
 from lqedu.runtime.inputs import InputPath
 from lqedu.transforms.cayley import cayley_step
-from lqedu.transforms.rotation import head_dim, rotate_model
+from lqedu.transforms.moves import Move
+from lqedu.transforms.rotation import head_dim, rotate_model, rotation_move
 
 if TYPE_CHECKING:
     from lqedu.runtime.attention import AttentionPath
@@ -67,6 +68,8 @@ class SpinQuant(Rotated):
         run="W4A4KV4: online Hadamards, INT4 GEMM",
     )
 
+    learns_from_blocks: ClassVar[bool] = False
+
     steps: int = 100
     learning_rate: float = 1.5
     windows_per_step: int = 8
@@ -100,18 +103,28 @@ class SpinQuant(Rotated):
         online = {"the input of down_proj is transformed": (wide, hadamard_block(wide))} if self.online else {}
         return block_notes(transforms | online)
 
-    def learn(self, model: nn.Module, calibration: Tensor | None, *, progress: bool = False) -> dict[str, Tensor]:
+    def learn(
+        self,
+        model: nn.Module,
+        calibration: Tensor | None,
+        *,
+        progress: bool = False,
+        blocks: Iterable[nn.Module] | None = None,
+    ) -> dict[str, Tensor]:
         """The learned rotations, and the loss of each step."""
         found = learn_rotations(model, calibration, self, progress=progress)
         return {"residual": found.residual, "values": torch.stack(found.values), "losses": torch.tensor(found.losses)}
 
-    def prepare_model(self, model: nn.Module, learned: Mapping[str, Tensor]) -> nn.Module:
+    def model_move(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Move:
         """Rotate the residual stream and the values by what was learned; transform ``down_proj``'s input online."""
-        rotated = rotate_model(model, learned["residual"], list(learned["values"]))
-        if self.online:
-            for block in block_list(rotated):
-                transform_input(block, "mlp.down_proj", full_width(block.mlp.down_proj.in_features))
-        return rotated
+        rotated = rotation_move(model, learned["residual"], list(learned["values"]))
+        if not self.online:
+            return rotated
+
+        def online(block: nn.Module, index: int) -> None:
+            transform_input(block, "mlp.down_proj", full_width(block.mlp.down_proj.in_features))
+
+        return rotated.then(Move(block=online))
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,16 @@ share their groups with each other. Three permutations are free in a Llama-like 
 Lin et al., 2024, arXiv:2405.04532, section 4.3.3. Its code reorders the first two and leaves the residual stream alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lqedu.calibration.capture import block_inputs, run_block
 from lqedu.errors import CalibrationError, UsageError
-from lqedu.models.anatomy import Stage, block_list, describe
+from lqedu.models.anatomy import Anatomy, Stage, block_list, describe
 from lqedu.models.copying import copy_sharing_tensors
+from lqedu.transforms.moves import Move
 
 RESIDUAL = "residual"  # name of the permutation of the residual stream
 
@@ -39,7 +40,9 @@ def channel_order(salience: Tensor) -> Tensor:
     return salience.argsort(dim=-1, descending=True, stable=True)
 
 
-def find_orders(model: nn.Module, windows: Tensor, *, residual: bool = False) -> dict[str, Tensor]:
+def find_orders(
+    model: nn.Module, windows: Tensor, *, residual: bool = False, blocks: Iterable[nn.Module] | None = None
+) -> dict[str, Tensor]:
     """The permutations of a model by the largest ``|x|`` of each channel.
 
     Args:
@@ -47,6 +50,7 @@ def find_orders(model: nn.Module, windows: Tensor, *, residual: bool = False) ->
         windows: token ids ``[count, length]``; all of them pass the model once.
         residual: find one for the residual stream too. Its salience is the mean over all stages that read it, each relative
             to its own mean, so that no layer outvotes the others.
+        blocks: the model's blocks, in order, where they come one at a time instead of being in ``model``.
 
     Returns:
         Orders for :func:`reorder_model`, int64: ``"INDEX.NAME"`` for the stage of block INDEX whose first linear is NAME,
@@ -56,7 +60,7 @@ def find_orders(model: nn.Module, windows: Tensor, *, residual: bool = False) ->
     votes: list[Tensor] = []
     hidden, kwargs = block_inputs(model, windows)
     stages = describe(model).stages
-    for index, block in enumerate(block_list(model)):
+    for index, block in enumerate(block_list(model) if blocks is None else blocks):
         largest: dict[str, Tensor] = {}
 
         def visitor(name: str, largest: dict[str, Tensor] = largest):
@@ -87,18 +91,35 @@ def reorder_model(model: nn.Module, orders: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         UsageError: a name that is not in the model, or an order that is not a permutation of its channels.
     """
-    result = copy_sharing_tensors(model)
-    anatomy, blocks = describe(model), block_list(result)
-    known = {f"{i}.{s.linears[0]}" for i in range(len(blocks)) for s in anatomy.stages if _absorbs_order(s)}
+    moved = reorder_move(model, orders)(model)
+    return copy_sharing_tensors(model) if moved is model else moved
+
+
+def reorder_move(model: nn.Module, orders: Mapping[str, Tensor]) -> Move:
+    """The same as a move that needs one part of the model in memory at a time; arguments and errors as :func:`reorder_model`.
+
+    Of ``model`` only the shapes are read here. Orders of a block's channels are checked when the block is moved.
+    """
+    anatomy, count = describe(model), len(block_list(model))
+    known = {f"{i}.{s.linears[0]}" for i in range(count) for s in anatomy.stages if _absorbs_order(s)}
     if unknown := sorted(set(orders) - known - {RESIDUAL}):
         raise UsageError(f"no channels to reorder by the names {', '.join(unknown)}; find_orders gives those there are")
-    for index, block in enumerate(blocks):
+    residual = orders.get(RESIDUAL)
+    if residual is not None:
+        _check_order(residual, (model.get_input_embeddings().embedding_dim,), RESIDUAL)
+
+    def block(block: nn.Module, index: int) -> None:
         for stage in anatomy.stages:
             if (order := orders.get(f"{index}.{stage.linears[0]}")) is not None:
                 _reorder_stage(block, stage, order)
-    if RESIDUAL in orders:
-        _reorder_residual(result, orders[RESIDUAL])
-    return result
+        if residual is not None:
+            _reorder_stream(block, anatomy.stages, residual)
+
+    if residual is None:
+        return Move(block=block)
+    return Move(
+        lambda m: _reorder_embeddings(m, anatomy, residual), block, lambda m: _reorder_head(m, anatomy, residual)
+    )
 
 
 def _absorbs_order(stage: Stage) -> bool:
@@ -141,28 +162,34 @@ def _within_heads(order: Tensor) -> Tensor:
     return (order + size * torch.arange(heads, device=order.device)[:, None]).reshape(-1)
 
 
-def _reorder_residual(model: nn.Module, order: Tensor) -> None:
-    """Permute what writes the stream (rows), what reads it (columns), and the norms between them."""
-    anatomy = describe(model)
+def _reorder_embeddings(model: nn.Module, anatomy: Anatomy, order: Tensor) -> None:
+    """Permute what the embeddings write; a head that shares the weight goes on sharing it."""
     embedding, head = model.get_input_embeddings(), model.get_submodule(anatomy.head)
-    _check_order(order, (embedding.embedding_dim,), RESIDUAL)
     tied = head.weight is embedding.weight
     for name in anatomy.embeddings:
         _take(model.get_submodule(name), "weight", order, 1)
     if tied:
         head.weight = embedding.weight
-    else:
+
+
+def _reorder_head(model: nn.Module, anatomy: Anatomy, order: Tensor) -> None:
+    """Permute what the final norm passes on and what a head with a weight of its own reads."""
+    head = model.get_submodule(anatomy.head)
+    if head.weight is not model.get_input_embeddings().weight:
         _take(head, "weight", order, 1)
     _take_rows(model.get_submodule(anatomy.final_norm), order)
-    for block in block_list(model):
-        for stage in anatomy.stages:
-            for name in stage.linears:
-                if stage.behind_norm:
-                    _take(block.get_submodule(name), "weight", order, 1)
-                else:
-                    _take_rows(block.get_submodule(name), order)
+
+
+def _reorder_stream(block: nn.Module, stages: tuple[Stage, ...], order: Tensor) -> None:
+    """Permute what writes the stream in a block (rows), what reads it (columns), and the norms between them."""
+    for stage in stages:
+        for name in stage.linears:
             if stage.behind_norm:
-                _take_rows(block.get_submodule(stage.source), order)
+                _take(block.get_submodule(name), "weight", order, 1)
+            else:
+                _take_rows(block.get_submodule(name), order)
+        if stage.behind_norm:
+            _take_rows(block.get_submodule(stage.source), order)
 
 
 def _take_rows(owner: nn.Module, order: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lqedu.errors import UnsupportedModelError, UsageError
 from lqedu.models.anatomy import Anatomy, Stage, block_list, describe, head_dim
-from lqedu.models.copying import copy_sharing_tensors
+from lqedu.transforms.moves import Move
 
 
 def rotate_model(model: nn.Module, residual: Tensor | None = None, values: Sequence[Tensor] | None = None) -> nn.Module:
@@ -37,6 +37,14 @@ def rotate_model(model: nn.Module, residual: Tensor | None = None, values: Seque
         UnsupportedModelError: norms that subtract a mean or add a bias (OPT), which no rotation passes.
         UsageError: a matrix of the wrong shape, not floating point, or not orthogonal to 1e-4.
     """
+    return rotation_move(model, residual, values)(model)
+
+
+def rotation_move(model: nn.Module, residual: Tensor | None = None, values: Sequence[Tensor] | None = None) -> Move:
+    """The same as a move that needs one part of the model in memory at a time; arguments and errors as :func:`rotate_model`.
+
+    Of ``model`` only the shapes are read here, and the device of its embedding.
+    """
     anatomy = describe(model)
     _check_norms(model, anatomy)
     count, hidden = len(block_list(model)), model.get_input_embeddings().embedding_dim
@@ -47,29 +55,33 @@ def rotate_model(model: nn.Module, residual: Tensor | None = None, values: Seque
     for index, rotation in enumerate(values or ()):
         _check_orthogonal(rotation, head_dim(model), f"values[{index}]")
 
-    result = copy_sharing_tensors(model)
     device = model.get_input_embeddings().weight.device
     r = None if residual is None else residual.to(device, torch.float64)
-    _rotate_ends(result, anatomy, r)
-    for index, block in enumerate(block_list(result)):
+
+    def block(block: nn.Module, index: int) -> None:
         r2 = None if values is None else values[index].to(device, torch.float64)
         for stage in anatomy.stages:
             _rotate_stage(block, stage, r, r2)
         for stage in anatomy.stages:
             if stage.behind_norm:
                 _reset_gain(block.get_submodule(stage.source))
-    return result
+
+    return Move(lambda m: _rotate_embeddings(m, anatomy, r), block, lambda m: _rotate_head(m, anatomy, r))
 
 
-def _rotate_ends(result: nn.Module, anatomy: Anatomy, r: Tensor | None) -> None:
-    """The embedding writes the stream, the final norm and the head read it; each gets a weight of its own."""
-    head, norm = result.get_submodule(anatomy.head), result.get_submodule(anatomy.final_norm)
-    _replace(head, "weight", _right(head.weight.double() * norm.weight.double(), r))
+def _rotate_embeddings(model: nn.Module, anatomy: Anatomy, r: Tensor | None) -> None:
+    """The embedding writes the stream. Its new weight is no longer that of a head that shared the old one."""
     for name in anatomy.embeddings:
-        embedding = result.get_submodule(name)
+        embedding = model.get_submodule(name)
         _replace(embedding, "weight", _right(embedding.weight.double(), r))
+    model.config.tie_word_embeddings = False
+
+
+def _rotate_head(model: nn.Module, anatomy: Anatomy, r: Tensor | None) -> None:
+    """The final norm and the head read the stream; the head gets a weight of its own."""
+    head, norm = model.get_submodule(anatomy.head), model.get_submodule(anatomy.final_norm)
+    _replace(head, "weight", _right(head.weight.double() * norm.weight.double(), r))
     _reset_gain(norm)
-    result.config.tie_word_embeddings = False
 
 
 def _rotate_stage(block: nn.Module, stage: Stage, r: Tensor | None, r2: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """A quantized model as a folder: packed codes in safetensors, a record of what was done, the config and the tokenizer.
 
-    config.json, generation_config.json   the dense model's own
+    config.json, generation_config.json   the dense model's own; the first says that the folder is quantized
     tokenizer files                       the model's own
     model.safetensors                     packed codes, scales, zero points; every other tensor as it was
     lqedu.json                            format version, method, and for each layer its grid, shape and report
@@ -9,12 +9,14 @@
 Nothing in it is a pickle. Chapter ``04-gptq`` writes and reads one.
 """
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -53,7 +55,9 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: 
         CheckpointError: the folder exists, or cannot be written (a full disk, for instance).
     """
     if hasattr(model, "lqedu_kernels"):
-        raise UsageError("the model runs on kernels, whose layouts are not stored; save the one that to_kernels was given")
+        raise UsageError(
+            "the model runs on kernels, whose layouts are not stored; save the one that to_kernels was given"
+        )
     layers = quantized_linears(model)
     if not layers:
         raise UsageError("the model has no quantized layers; call lqedu.quantize first")
@@ -79,7 +83,7 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: 
     }
     folder = Path(folder)
     with atomic_directory(folder) as temporary:
-        model.config.save_pretrained(temporary)
+        _config(model).save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_safetensors(tensors, temporary / WEIGHTS, {"format": "pt"})
@@ -101,13 +105,15 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error}); save the model again") from error
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):  # what transformers' own loader goes by
+            del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -115,6 +121,32 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder} has no usable config or tokenizer: {first_line}") from error
 
+    install_frames(model, record, folder)
+    for name, original in record["tied"].items():
+        if original in tensors:
+            tensors[name] = tensors[original]
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    check_tensors(folder, model, found)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    check_values(model, folder)
+    model.tie_weights()
+    model.requires_grad_(False).eval()
+    model.lqedu_tokenizer = tokenizer
+    return model, tokenizer
+
+
+def install_frames(model: nn.Module, record: dict, folder: Path) -> None:
+    """Make a dense model the one that a record describes, all but its tensors: frames of zeros wait for them.
+
+    Args:
+        model: of the folder's configuration, on any device. Changed: layers, attention, and the attributes that
+            :func:`lqedu.quantize` gives a model.
+        record: what :func:`read_record` returned.
+        folder: for messages.
+
+    Raises:
+        CheckpointError: a layer or an attention that does not fit the model.
+    """
     reports = {}
     for name, layer in record["layers"].items():
         try:
@@ -123,7 +155,7 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
             reports[name] = RoundingReport(**layer["report"])
         except (AttributeError, KeyError, TypeError, GridError) as error:
             raise CheckpointError(f"{folder / RECORD}: layer {name!r} does not fit the model: {error}") from error
-        model.set_submodule(name, frame)
+        model.set_submodule(name, frame.to(linear.weight.device))  # meta, where no memory has been given out yet
     if record["attention"] is not None:
         from lqedu.runtime.attention import AttentionPath, set_attention_path
 
@@ -131,22 +163,18 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
             set_attention_path(model, AttentionPath.from_dict(record["attention"]))
         except (GridError, TypeError) as error:
             raise CheckpointError(f"{folder / RECORD}: its attention is not understood: {error}") from error
-    for copy, original in record["tied"].items():
-        if original in tensors:
-            tensors[copy] = tensors[original]
-    _check_tensors(folder, model, tensors)
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model.lqedu_method, model.lqedu_reports = record["method"], reports
+    model.lqedu_notes = tuple(record.get("notes", ()))  # they change nothing: a folder may lack them
+    model.lqedu_facts = Facts.from_dict(record.get("facts", {}))
+
+
+def check_values(model: nn.Module, folder: Path) -> None:
+    """Refuse (CheckpointError) tensors of the right shapes and dtypes that make no weight."""
     for name, layer in quantized_linears(model).items():
         try:
             check_layer(layer)
         except GridError as error:
             raise CheckpointError(f"{folder / WEIGHTS} is damaged: {name}: {error}") from error
-    model.tie_weights()
-    model.requires_grad_(False).eval()
-    model.lqedu_method, model.lqedu_reports, model.lqedu_tokenizer = record["method"], reports, tokenizer
-    model.lqedu_notes = tuple(record.get("notes", ()))  # they change nothing: a folder may lack them
-    model.lqedu_facts = Facts.from_dict(record.get("facts", {}))
-    return model, tokenizer
 
 
 def folder_bytes(folder: Path | str) -> dict[str, int]:
@@ -156,7 +184,7 @@ def folder_bytes(folder: Path | str) -> dict[str, int]:
     (embeddings, norms, biases), ``files`` (everything beside the weights).
     """
     folder = Path(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
     tensors = load_file(folder / WEIGHTS)
     parts = dict.fromkeys(("codes", "scales", "zeros", "transforms", "other_tensors", "files"), 0)
     suffix = {"codes": "codes", "scale": "scales", "group_scale": "scales", "zero": "zeros"}
@@ -170,7 +198,8 @@ def folder_bytes(folder: Path | str) -> dict[str, int]:
     return parts | {"linears_fp16": fp16}
 
 
-def _read_record(folder: Path) -> dict:
+def read_record(folder: Path) -> dict:
+    """What ``lqedu.json`` of a folder says (CheckpointError where there is none, or one that is not understood)."""
     path = folder / RECORD
     try:
         record = json.loads(path.read_text())
@@ -192,18 +221,38 @@ def _read_record(folder: Path) -> dict:
     return record
 
 
-def _check_tensors(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Compare names, shapes and packed dtypes with what the model expects, and list every difference at once."""
+def check_tensors(folder: Path, model: nn.Module, found: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Compare names, shapes and dtypes of what is stored with what the model expects, and list every difference at once.
+
+    The dtype of a floating parameter is free, of codes and scales it is not.
+
+    Args:
+        folder: for the message.
+        model: with its frames installed.
+        found: shape and dtype of each stored tensor.
+
+    Raises:
+        CheckpointError: any difference.
+    """
     want = model.state_dict()
-    problems = [f"missing {name}" for name in sorted(set(want) - set(tensors))]
-    problems += [f"unexpected {name}" for name in sorted(set(tensors) - set(want))]
-    for name in sorted(set(want) & set(tensors)):
-        if want[name].shape != tensors[name].shape:
-            problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(want[name].shape)}")
-        elif not want[name].is_floating_point() and want[name].dtype != tensors[name].dtype:
-            problems.append(f"{name} has dtype {tensors[name].dtype}, expected {want[name].dtype}")
+    exact = {f"{name}.{key}" for name, layer in quantized_linears(model).items() for key, _ in layer.named_buffers()}
+    problems = [f"missing {name}" for name in sorted(set(want) - set(found))]
+    problems += [f"unexpected {name}" for name in sorted(set(found) - set(want))]
+    for name in sorted(set(want) & set(found)):
+        shape, dtype = found[name]
+        if tuple(want[name].shape) != shape:
+            problems.append(f"{name} has shape {list(shape)}, expected {list(want[name].shape)}")
+        elif want[name].dtype != dtype and (name in exact or not want[name].is_floating_point()):
+            problems.append(f"{name} has dtype {dtype}, expected {want[name].dtype}")
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: {_shorten(problems)}")
+
+
+def _config(model: nn.Module) -> Any:
+    """The dense model's configuration with the mark by which transformers finds :mod:`lqedu.integrations.transformers`."""
+    config = copy.deepcopy(model.config)
+    config.quantization_config = {"quant_method": "lqedu", "format_version": FORMAT_VERSION}
+    return config
 
 
 def _shorten(problems: Iterable[str], most: int = 8) -> str:

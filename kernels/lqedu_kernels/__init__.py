@@ -10,6 +10,8 @@ its packing, launch configurations, the kernel, the function to call, which refu
     quantize       tokens to INT8, INT4 or E4M3, alone, behind RMSNorm, behind SiLU                  20-hadamard-kv
     kv_pages       a paged cache of KV4, KV8 or FP8: layout, append                                  20-hadamard-kv
     kv_attention   decode attention over it                                                          20-hadamard-kv
+    steps16        RMSNorm, SiLU and RoPE between products that are not quantized                   21-serving
+    kv16           a paged cache of 16-bit keys and values, append, decode attention                 21-serving
     tuning         launch configurations measured on an H100, shipped as data
     bench          python -m lqedu_kernels.bench: times beside peers; its notes say what bounds each kernel
 

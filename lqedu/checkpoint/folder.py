@@ -2,7 +2,8 @@
 
     config.json, generation_config.json   the dense model's own; the first says that the folder is quantized
     tokenizer files                       the model's own
-    model.safetensors                     packed codes, scales, zero points; every other tensor as it was
+    model.safetensors                     packed codes, scales, zero points; every other tensor as it was. Or several
+                                          files and an index, see ``lqedu.models.shards``
     lqedu.json                            format version, method, and for each layer its grid, shape and report
     README.md                             the model card, see ``lqedu.checkpoint.card``
 
@@ -17,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lqedu import __version__
@@ -26,6 +25,7 @@ from lqedu.atomic import atomic_directory
 from lqedu.checkpoint.card import CARD, Facts, card_of, facts_of
 from lqedu.checkpoint.unfinished import save_safetensors
 from lqedu.errors import CheckpointError, GridError, UsageError
+from lqedu.models.shards import WEIGHTS, Shards
 from lqedu.rounding import RoundingReport
 from lqedu.runtime.incoherent import TRANSFORMS
 from lqedu.runtime.inputs import InputPath
@@ -33,7 +33,6 @@ from lqedu.runtime.kinds import check_layer, describe, layer_of, rebuild
 from lqedu.runtime.linear import quantized_linears
 
 RECORD = "lqedu.json"
-WEIGHTS = "model.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -65,6 +64,30 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: 
     if tokenizer is None:
         raise UsageError("the model carries no tokenizer; pass tokenizer=")
     tensors, tied = _distinct(model.state_dict())
+    described = {
+        name: describe(layer.quantized) | {"input": layer.path.to_dict(), "report": asdict(model.lqedu_reports[name])}
+        for name, layer in layers.items()
+    }
+    folder = Path(folder)
+    with atomic_directory(folder) as temporary:
+        write_about(model, temporary, tokenizer, described, tied, facts)
+        save_safetensors(tensors, temporary / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def write_about(
+    model: nn.Module, folder: Path, tokenizer: Any, layers: dict[str, dict], tied: dict[str, str], facts: Facts | None
+) -> None:
+    """Write all of a checkpoint but its tensors, none of which is read: the model may be on the meta device.
+
+    Args:
+        model: quantized.
+        folder: exists.
+        tokenizer: saved beside the model.
+        layers: what the record says of each layer.
+        tied: names of tensors that are not stored, and of those they are copies of.
+        facts: see :func:`save`.
+    """
     facts = facts_of(model) if facts is None else facts
     record = {
         "format": "lqedu",
@@ -75,21 +98,13 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: 
         "facts": facts.to_dict(),
         "tied": tied,
         "attention": model.lqedu_attention.to_dict() if hasattr(model, "lqedu_attention") else None,
-        "layers": {
-            name: describe(layer.quantized)
-            | {"input": layer.path.to_dict(), "report": asdict(model.lqedu_reports[name])}
-            for name, layer in layers.items()
-        },
+        "layers": layers,
     }
-    folder = Path(folder)
-    with atomic_directory(folder) as temporary:
-        _config(model).save_pretrained(temporary)
-        model.generation_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        save_safetensors(tensors, temporary / WEIGHTS, {"format": "pt"})
-        (temporary / RECORD).write_text(json.dumps(record, indent=1))
-        (temporary / CARD).write_text(card_of(model, facts), encoding="utf-8")
-    return folder
+    _config(model).save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / RECORD).write_text(json.dumps(record, indent=1))
+    (folder / CARD).write_text(card_of(model, facts), encoding="utf-8")
 
 
 def load(folder: Path | str) -> tuple[nn.Module, Any]:
@@ -106,10 +121,7 @@ def load(folder: Path | str) -> tuple[nn.Module, Any]:
 
     folder = Path(folder)
     record = read_record(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error}); save the model again") from error
+    tensors = Shards(folder).read_all()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):  # what transformers' own loader goes by
@@ -185,7 +197,7 @@ def folder_bytes(folder: Path | str) -> dict[str, int]:
     """
     folder = Path(folder)
     record = read_record(folder)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = Shards(folder)
     parts = dict.fromkeys(("codes", "scales", "zeros", "transforms", "other_tensors", "files"), 0)
     suffix = {"codes": "codes", "scale": "scales", "group_scale": "scales", "zero": "zeros"}
     suffix |= dict.fromkeys(TRANSFORMS, "transforms")
@@ -193,7 +205,8 @@ def folder_bytes(folder: Path | str) -> dict[str, int]:
         layer, _, kind = name.rpartition(".")
         part = suffix.get(kind, "other_tensors") if layer in record["layers"] else "other_tensors"
         parts[part] += tensor.nbytes
-    parts["files"] = sum(f.stat().st_size for f in folder.iterdir() if f.is_file() and f.name != WEIGHTS)
+    weights = {header.path for header in tensors.values()}
+    parts["files"] = sum(f.stat().st_size for f in folder.iterdir() if f.is_file() and f not in weights)
     fp16 = sum(2 * layer["shape"][0] * layer["shape"][1] for layer in record["layers"].values())
     return parts | {"linears_fp16": fp16}
 

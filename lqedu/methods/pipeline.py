@@ -7,7 +7,7 @@ and its activations. Chapter ``04-gptq``.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lqedu.calibration.capture import block_inputs, check_windows, run_block
-from lqedu.checkpoint.unfinished import Block, Layer, UnfinishedRun
+from lqedu.checkpoint.unfinished import Block, Layer, UnfinishedRun, run_identity
 from lqedu.errors import CalibrationError, GridError, LqeduError, NotPositiveDefiniteError, UsageError
 from lqedu.formats.integer import check_weight
 from lqedu.linalg.hessian import HessianAccumulator
 from lqedu.methods.base import Method
 from lqedu.models.anatomy import Stage, block_list, describe, linears
 from lqedu.models.copying import copy_sharing_tensors
+from lqedu.models.load import weights_sha256
 from lqedu.rounding import RoundingReport
 from lqedu.runtime.inputs import input_path
 from lqedu.runtime.kinds import layer_of
@@ -60,48 +61,92 @@ def quantize(
         GridError, CalibrationError, UnsupportedModelError, UsageError: refused before work starts, naming the layer.
         CheckpointError: ``resume_dir`` belongs to another run or cannot be written.
     """
-    anatomy = describe(model)
     check_request(model, method, calibration)
-    stages = _quantized_stages(anatomy.stages, method)
-    unfinished = None if resume_dir is None else UnfinishedRun(resume_dir, model, method, calibration)
-    learned = unfinished.read_learned() if unfinished else None
-    if learned is None:
-        learned = method.learn(model, calibration, progress=progress)
-        if unfinished and learned:
-            unfinished.write_learned(learned)
+    unfinished = None
+    if resume_dir is not None:
+        device = model.get_input_embeddings().weight.device
+        unfinished = UnfinishedRun(resume_dir, run_identity(weights_sha256(model), method, calibration, device))
+    learned = learn_once(unfinished, lambda: method.learn(model, calibration, progress=progress))
     result = method.prepare_model(copy_sharing_tensors(model), learned)
-    result.lqedu_method = {"name": method.name, "options": method.options()}
-    result.lqedu_learned = learned
-    result.lqedu_notes = method.notes(model)
-    result.lqedu_reports = {}
-    hidden, kwargs = block_inputs(result, calibration) if method.uses_calibration else (None, {})
-    total = sum(len(stage.linears) for stage in stages) * len(block_list(model))
+    describe_result(result, method, learned, notes=method.notes(model))
+    inputs = block_inputs(result, calibration) if method.uses_calibration else (None, {})
+    for _, layers in quantize_blocks(result, block_list(result), method, inputs, unfinished, progress=progress):
+        result.lqedu_reports |= {name: layer.report for name, layer in layers.items()}
+    set_attention(result, method)
+    return result
+
+
+def quantize_blocks(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    method: Method,
+    inputs: tuple[Tensor | None, dict],
+    unfinished: UnfinishedRun | None = None,
+    *,
+    progress: bool = False,
+) -> Iterator[tuple[nn.Module, dict[str, Layer]]]:
+    """The one loop over decoder blocks: whether they are all in memory or come one at a time makes no difference to it.
+
+    Args:
+        model: whose blocks they are, behind :meth:`Method.model_move`. Only its shapes are read.
+        blocks: dense, in order. Changed: their linears become layers that keep packed codes.
+        method: what to do.
+        inputs: what :func:`lqedu.calibration.capture.block_inputs` returned, or ``(None, {})`` where nothing is calibrated.
+        unfinished: keeps each block that is done and knows those that were done before.
+        progress: show a progress bar on stderr.
+
+    Yields:
+        Each block when it is done, and its quantized layers by their names in the model.
+    """
+    anatomy, count = describe(model), len(block_list(model))
+    stages = _quantized_stages(anatomy.stages, method)
+    finished = unfinished.finished(count) if unfinished else set()
+    hidden, kwargs = inputs
+    total = sum(len(stage.linears) for stage in stages) * count
     with tqdm(total=total, desc=method.title, unit="layer", disable=not progress) as bar:
-        for index, block in enumerate(block_list(result)):
+        for index, block in enumerate(blocks):
             prefix = f"{anatomy.blocks}.{index}."
-            done = unfinished.read(index) if unfinished else None
             dense_output = run_block(block, hidden, kwargs) if method.calibrates_on == "dense" else None
-            if done is None:
+            if index not in finished:
                 done, output = _quantize_block(block, stages, method, hidden, kwargs, prefix, bar.update)
                 _install(block, done)
                 if unfinished:
-                    unfinished.write(index, done)
+                    unfinished.write(index, prefix, done, block.state_dict())
             else:
+                done = unfinished.read(index, prefix, next(block.parameters()).device)
                 _round(block, done)
-                output = (
-                    run_block(block, hidden, kwargs)
-                    if method.calibrates_on == "quantized" and hidden is not None
-                    else None
-                )
+                follows = method.calibrates_on == "quantized" and hidden is not None
+                output = run_block(block, hidden, kwargs) if follows else None
                 _install(block, done)
                 bar.update(len(done.layers))
             hidden = output if dense_output is None else dense_output
-            result.lqedu_reports |= {prefix + name: layer.report for name, layer in done.layers.items()}
+            del output, dense_output
+            yield block, {prefix + name: layer for name, layer in done.layers.items()}
+            del done  # before the next block is asked for, which may have to be read into memory
+
+
+def learn_once(unfinished: UnfinishedRun | None, learn: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What :meth:`Method.learn` finds, or found before the run was interrupted."""
+    learned = unfinished.read_learned() if unfinished else None
+    if learned is None:
+        learned = learn()
+        if unfinished and learned:
+            unfinished.write_learned(learned)
+    return learned
+
+
+def describe_result(result: nn.Module, method: Method, learned: dict[str, Tensor], notes: tuple[str, ...]) -> None:
+    """Give a model the attributes that tell what was done to it, its reports still empty; see :func:`quantize`."""
+    result.lqedu_method = {"name": method.name, "options": method.options()}
+    result.lqedu_learned, result.lqedu_notes, result.lqedu_reports = learned, notes, {}
+
+
+def set_attention(result: nn.Module, method: Method) -> None:
+    """Make a model attend as the method says."""
     if (path := method.attention_path()) is not None:
         from lqedu.runtime.attention import set_attention_path
 
         set_attention_path(result, path)
-    return result
 
 
 def auto_group_size(model: nn.Module) -> int:
@@ -119,6 +164,16 @@ def auto_group_size(model: nn.Module) -> int:
 
 def check_request(model: nn.Module, method: Method, calibration: Tensor | None) -> None:
     """Refuse, before any work, what would fail later: see :func:`quantize` for the errors."""
+    check_shapes(model, method, calibration)
+    for name, linear in linears(model).items():
+        with _context(name, linear.weight, method):
+            check_weight(linear.weight)
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter)
+
+
+def check_shapes(model: nn.Module, method: Method, calibration: Tensor | None) -> None:
+    """The part of :func:`check_request` that reads no tensor of the model, which may be on the meta device."""
     if not isinstance(method, Method):
         raise UsageError(f"method is an instance such as lqedu.methods.GPTQ(bits=4), got {method!r}")
     if quantized_linears(model):
@@ -127,16 +182,19 @@ def check_request(model: nn.Module, method: Method, calibration: Tensor | None) 
         _check_windows(model, calibration, method)
     for name, linear in linears(model).items():
         with _context(name, linear.weight, method):
-            check_weight(linear.weight)
             method.check_shape(tuple(linear.weight.shape))
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise GridError(f"{name} {list(parameter.shape)} holds NaN or infinite values")
+    _quantized_stages(describe(model).stages, method)
     path = method.attention_path()
     if path is not None:
         from lqedu.runtime.attention import check_heads
 
         check_heads(model, path)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse (GridError) a tensor with NaN or infinite values; read in parts, so that no mask of its size is made."""
+    if tensor.is_floating_point() and not all(bool(torch.isfinite(t).all()) for t in tensor.flatten().split(1 << 24)):
+        raise GridError(f"{name} {list(tensor.shape)} holds NaN or infinite values")
 
 
 def _quantized_stages(stages: tuple[Stage, ...], method: Method) -> tuple[Stage, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lqedu.errors import CheckpointError
@@ -89,8 +90,14 @@ class Shards(Mapping[str, Header]):
         return tensor
 
     def read_all(self) -> dict[str, Tensor]:
-        """Every tensor, on the CPU."""
-        return {name: self.read(name) for name in self}
+        """Every tensor, on the CPU. Pages of the files stay mapped as long as tensors live that were read from them."""
+        tensors: dict[str, Tensor] = {}
+        for path in dict.fromkeys(header.path for header in self.values()):
+            try:
+                tensors |= load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, error) from error
+        return tensors
 
 
 def is_sharded(folder: Path) -> bool:

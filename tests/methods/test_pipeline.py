@@ -183,7 +183,7 @@ def test_resumes_to_the_same_bits_and_refuses_another_run(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         quantize(model, method, windows, resume_dir=tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "block-0000.safetensors", "block-0001.safetensors", "run.json",
+        "block-0000.json", "block-0000.safetensors", "block-0001.json", "block-0001.safetensors", "run.json",
     ]  # fmt: skip
     seen.clear()
     seen.extend([1, 1, 1])  # never dies again

@@ -22,8 +22,8 @@ _HOME = {  # public name -> module that defines it
     "load": "lqedu.checkpoint",
 }
 _SUBPACKAGES = (
-    "assets", "book", "calibration", "checkpoint", "errors", "evaluation", "formats", "linalg", "methods", "models",
-    "rounding", "runtime", "training", "transforms", "viz",
+    "assets", "book", "calibration", "checkpoint", "errors", "evaluation", "formats", "integrations", "linalg", "methods",
+    "models", "rounding", "runtime", "training", "transforms", "viz",
 )  # fmt: skip
 
 __all__ = [*_HOME, *_SUBPACKAGES]

@@ -262,6 +262,12 @@ def _loading(format: str) -> str:
     _, package = _PACKAGES[format]
     if format in ("lqedu", "qserve"):
         code = 'import lqedu\n\nmodel, tokenizer = lqedu.load_model("PATH_OF_THIS_FOLDER")'
+        if format == "lqedu":
+            code += (
+                "\n\n# or with transformers\nimport lqedu.integrations.transformers\n"
+                "from transformers import AutoModelForCausalLM\n\n"
+                'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")'
+            )
     else:
         code = (
             f"# pip install transformers {package}\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

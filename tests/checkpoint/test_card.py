@@ -95,7 +95,7 @@ def test_no_name_and_no_note_breaks_the_form() -> None:
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head)["model-index"][0]["results"][0]["dataset"]["name"] == hostile
     assert "<script>" not in body and "a \\| b # c" in body
-    (title,) = (line for line in body.splitlines() if line.startswith("# "))
+    (title,) = (line for line in body.split("```")[0].splitlines() if line.startswith("# "))
     assert title.endswith("quantized by gptq")
 
 

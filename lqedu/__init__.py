@@ -18,6 +18,7 @@ _HOME = {  # public name -> module that defines it
     "token_windows": "lqedu.calibration",
     "quantize": "lqedu.methods.pipeline",
     "perplexity": "lqedu.evaluation",
+    "generate": "lqedu.runtime.generation",
     "save": "lqedu.checkpoint",
     "load": "lqedu.checkpoint",
 }

@@ -6,53 +6,16 @@ from torch import nn
 
 import lqedu
 from lqedu.errors import UsageError
-from lqedu.methods import AWQ, FP8, GPTQ, HQQ, QQQ, RTN, Method, QoQ, QuaRot, QuIP, SmoothQuant, SpinQuant
+from lqedu.methods import FP8, HQQ, RTN, Method, QuIP, SpinQuant
 from lqedu.runtime import PackedLinear, quantized_linears, to_kernels
 from tests.compare import relative_error
+from tests.models.on_kernels import FLIP, METHODS, SIZES
 from tests.models.tiny import tiny_model, tiny_windows
 
 pytest.importorskip("triton", reason="the kernels' layouts are defined in lqedu_kernels, which needs Triton")
 
-#: Sizes that every kernel reads: groups of 64, heads of 32.
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
-METHODS: dict[str, tuple[Method, str]] = {
-    "rtn": (RTN(group_size=32), "w4a16"),
-    "rtn symmetric": (RTN(group_size=64, symmetric=True), "w4a16"),
-    "rtn channel": (RTN(group_size=None), "w4a16"),
-    "rtn w8a8": (RTN(bits=8, group_size=None, symmetric=True, activation_bits=8), "w8a8"),
-    "gptq": (GPTQ(group_size=64), "w4a16"),
-    "awq": (AWQ(group_size=64), "w4a16"),
-    "hqq": (HQQ(group_size=64), "w4a16"),
-    "smoothquant": (SmoothQuant(), "w8a8"),
-    "smoothquant static": (SmoothQuant(granularity="tensor", activation="static"), "w8a8"),
-    "smoothquant tensor": (SmoothQuant(granularity="tensor", activation="tensor"), "w8a8"),
-    "quarot": (QuaRot(), "w4a8"),
-    "quarot w8a8": (QuaRot(bits=8, activation_bits=8, kv_bits=8), "w8a8"),
-    "spinquant": (SpinQuant(steps=2, windows_per_step=2), "w4a8"),
-    "spinquant w8a8": (SpinQuant(steps=1, windows_per_step=2, bits=8, activation_bits=8), "w8a8"),
-    "qqq": (QQQ(group_size=64), "w4a8"),
-    "qqq channel": (QQQ(group_size=None), "w4a8"),
-    "qoq": (QoQ(group_size=64), "w4a8"),
-    "qoq channel": (QoQ(group_size=None), "w4a8"),
-    "fp8": (FP8(), "fp8"),
-    "fp8 tensor": (FP8(granularity="tensor", activation="static"), "fp8"),
-    "fp8 block": (FP8(granularity="block", activation="group"), "fp8"),
-}  # fmt: skip
 #: One rounding to float16 moves an output by at most 2^-11 of itself; the layers that are compared round once each.
 HALF = 2.0**-10
-
-#: A code of one of 128 features of one of 32 tokens that moves by a step, relative to the norm of all: a step is at most 2^-3 of an
-#: E4M3 number, 2^-6 of the largest integer and 2^-2 of the largest 4-bit code. None for W4A16, where sums alone differ.
-FLIP = {
-    name: step / (128 * 32) ** 0.5
-    for name, step in {"w4a16": 2**-9, "w8a8": 2**-3, "w4a8": 2**-2, "fp8": 2**-2}.items()
-}
 
 
 @pytest.fixture(scope="module", params=METHODS)

@@ -25,6 +25,10 @@ class CheckpointError(LqeduError):
     """A checkpoint that cannot be read or written: foreign, truncated, incomplete, or a full disk."""
 
 
+class ExportError(LqeduError):
+    """A quantized model that another tool's checkpoint format cannot hold without changing it."""
+
+
 class UnsupportedModelError(LqeduError):
     """A model whose architecture lqedu does not describe."""
 

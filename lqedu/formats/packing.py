@@ -127,6 +127,43 @@ def unpack_words(words: Tensor, layout: str = "sequential") -> Tensor:
     return codes.unflatten(-1, (-1, 8))[..., order.argsort()].flatten(-2)
 
 
+def pack_int32(codes: Tensor, bits: int) -> Tensor:
+    """The bit stream of :func:`pack` in whole 32-bit words, the layout of checkpoints; a row is filled up with zeros.
+
+    Args:
+        codes: integers in ``[0, 2**bits)``, shape ``[..., n]``.
+        bits: width of a code, 1 to 8; codes of 3, 5, 6 or 7 bits run on from one word into the next.
+
+    Returns:
+        int32 ``[..., ceil(n * bits / 32)]``.
+
+    Raises:
+        GridError: as :func:`pack`.
+
+    >>> pack_int32(torch.arange(8), 4), pack_int32(torch.arange(11) % 8, 3).shape
+    (tensor([1985229328], dtype=torch.int32), torch.Size([2]))
+    """
+    stream = pack(codes, bits)
+    words = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4))
+    return words.clone(memory_format=torch.contiguous_format).view(torch.int32)  # a row of a transpose has odd strides
+
+
+def unpack_int32(words: Tensor, bits: int, n: int) -> Tensor:
+    """Inverse of :func:`pack_int32`: int32 ``[..., ceil(n * bits / 32)]`` to uint8 ``[..., n]``.
+
+    Raises:
+        GridError: another dtype, or another number of words than ``n`` codes take.
+    """
+    _check_bits(bits)
+    want = -(-n * bits // 32)
+    if words.dtype != torch.int32 or words.dim() == 0 or words.shape[-1] != want:
+        raise GridError(
+            f"{n} codes of {bits} bits take {want} words of int32 a row, got {words.dtype} {list(words.shape)}"
+        )
+    stream = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)[..., : packed_width(n, bits)]
+    return unpack(stream.contiguous(), bits, n)
+
+
 def _word_order(layout: str) -> list[int]:
     if layout not in WORD_LAYOUTS:
         raise GridError(f"unknown word layout {layout!r}; choose one of {', '.join(WORD_LAYOUTS)}")

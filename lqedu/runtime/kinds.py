@@ -15,6 +15,7 @@ from lqedu.runtime.float8 import Float8Linear
 from lqedu.runtime.incoherent import IncoherentLayout, IncoherentLinear, IncoherentWeight, check_orders
 from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.linear import QuantLinear
+from lqedu.runtime.permuted import PermutedLayout, PermutedLinear, PermutedWeight, check_order
 from lqedu.runtime.two_level import TwoLevelLinear
 
 
@@ -40,6 +41,7 @@ KINDS: dict[str, Kind] = {
     "incoherent": Kind(IncoherentLayout, IncoherentWeight, IncoherentLinear, check_orders),
     "progressive": Kind(ProgressiveGrid, ProgressiveTensor, TwoLevelLinear),
     "requantized": Kind(RequantizedGrid, RequantizedTensor, TwoLevelLinear),
+    "permuted": Kind(PermutedLayout, PermutedWeight, PermutedLinear, check_order),
     "float8": Kind(Float8Grid, Float8Tensor, Float8Linear, check_scales),
 }
 

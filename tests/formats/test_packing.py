@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lqedu.errors import GridError
 from lqedu.formats import WORD_LAYOUTS, pack, pack_words, packed_width, unpack, unpack_words
+from lqedu.formats.packing import pack_int32, unpack_int32
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -68,3 +69,24 @@ def test_refusals() -> None:
         pack_words(torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(GridError, match="layout"):
         pack_words(torch.zeros(8, dtype=torch.uint8), "zigzag")
+
+
+@given(st.integers(1, 8), st.integers(1, 70), st.booleans(), st.integers(0, 99))
+def test_whole_words_are_the_bit_stream(bits: int, n: int, transposed: bool, seed: int) -> None:
+    codes = torch.randint(1 << bits, (n, 3) if transposed else (3, n), generator=torch.Generator().manual_seed(seed))
+    codes = codes.T if transposed else codes
+    words = pack_int32(codes, bits)
+    assert words.dtype == torch.int32 and tuple(words.shape) == (3, -(-n * bits // 32))
+    for row, packed in zip(codes.tolist(), words.tolist(), strict=True):
+        stream = sum((word & 0xFFFFFFFF) << 32 * i for i, word in enumerate(packed))
+        assert stream == sum(code << bits * i for i, code in enumerate(row))
+    assert torch.equal(unpack_int32(words, bits, n), codes.to(torch.uint8))
+    assert torch.equal(unpack_int32(words.T.contiguous().T, bits, n), codes.to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "words", [torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int32), torch.tensor(1)]
+)
+def test_words_that_do_not_fit_are_refused(words: torch.Tensor) -> None:
+    with pytest.raises(GridError, match="take 2 words of int32"):
+        unpack_int32(words, 4, 16)

@@ -124,7 +124,7 @@ class Served:
 
     @property
     def seconds(self) -> float:
-        """From the start to the end of the last step."""
+        """From time zero to the end of the last step."""
         return self.steps[-1][0] + self.steps[-1][1]
 
     @property

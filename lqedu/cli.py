@@ -1,4 +1,4 @@
-"""The command line: ``lqedu quantize | eval | compare | methods | doctor``.
+"""The command line: ``lqedu quantize | eval | compare | bench | methods | doctor``.
 
 Results go to stdout, progress and errors to stderr. Exit status 0 on success, 2 on bad usage or bad input with one
 sentence that says what is wrong and what to do. ``--json`` prints one JSON object and nothing else.
@@ -193,6 +193,66 @@ def compare(
         for row in rows
     ]
     _print_table(f"{model} on {corpus}", ["method", "bits per weight", "perplexity", "NLL against dense"], table)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="smollm2-135m, a Hub id, or a local folder.", show_default=False)
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Instead of a model: llama-2-7b or llama-3-8b, random weights.")
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(help="Of a shape: fp16-transformers, fp16, w4a16, w8a8, fp8, w4a8, w4a8kv4; by default all."),
+    ] = None,
+    batches: Annotated[str | None, typer.Option(help="Texts at once, separated by commas.")] = None,
+    contexts: Annotated[str | None, typer.Option(help="Tokens of each text, separated by commas.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps that are timed.", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; a GPU where there is one.")] = None,
+    budget: Annotated[float, typer.Option(help="Memory of a card in GB, for the largest batch.", min=0.001)] = 80,
+    seed: SeedOpt = 0,
+    out: Annotated[Path | None, typer.Option(help="Result file to write, NAME.json.")] = None,
+    json_: JsonOpt = False,
+) -> None:
+    """Tokens a second and memory, of a model or of a shape in several formats."""
+    from lqedu.book.results import write_result
+    from lqedu.evaluation import bench as run
+
+    if (model is None) == (shape is None):
+        raise UsageError("name a model, or a --shape to fill with random weights: one of the two")
+    run.check_out(out)
+    options = run.plan(shape, formats, batches, contexts, steps, device)
+    if shape is not None:
+        measured = run.rows_of_shape(shape, options, budget=1e9 * budget, seed=seed)
+    else:
+        from lqedu.models import load_model
+
+        measured = run.rows_of_model(load_model(model)[0], options, seed=seed)
+    notes = ([run.RANDOM] if shape is not None else []) + ([run.SLOW] if options["device"] == "cpu" else [])
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    about = run.configuration(shape, model, options, budget_gb=budget, seed=seed)
+    rows: list[dict[str, Any]] = []
+
+    def write() -> None:
+        if out is not None and any("samples" in row for row in rows):
+            title = f"Throughput and memory of {model or shape}"
+            write_result(
+                out, title=title, kind="measured", configuration=about, values=rows, notes="; ".join(notes) or None
+            )
+
+    for row in measured:
+        if rows and row["format"] != rows[-1]["format"]:
+            write()  # a format takes minutes: what is done stays done
+        rows.append(row)
+        print(" ".join(str(row[key]) for key in ("format", "name", "batch", "context") if key in row), file=sys.stderr)
+    write()
+    if json_:
+        print(json.dumps({**about, "notes": notes, "rows": rows}))
+    else:
+        _print_table(f"{model or shape} on {options['device']}", *run.table(rows))
 
 
 @app.command("methods")

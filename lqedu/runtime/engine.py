@@ -90,6 +90,20 @@ class Engine:
         self.tokens.copy_(logits.argmax(-1))
         return logits
 
+    def take_pages_as_read(self, lengths: Sequence[int]) -> None:
+        """Count what is in the pages as texts of these lengths, whatever it is: for measurements, which fill them at random.
+
+        Raises:
+            UsageError: another number of texts, or lengths that do not fit.
+        """
+        fits = len(lengths) == len(self._used) and all(
+            1 <= n <= full for n, full in zip(lengths, self.cache.capacities, strict=False)
+        )
+        if not fits:
+            raise UsageError(f"texts of {list(lengths)} tokens do not fit {list(self.cache.capacities)}")
+        self._used = list(lengths)
+        self.cache.lengths.copy_(torch.tensor(self._used))
+
     @torch.no_grad()
     def step(self) -> Tensor:
         """Append :attr:`tokens` to their texts.

@@ -30,19 +30,19 @@ def load_model(
     Args:
         name_or_path: ``"smollm2-135m"`` (embedded: fetched and converted on first use, about a minute; seconds later,
             offline), the id of a model on the Hugging Face Hub, a local folder in its layout, or a folder that
-            :func:`lqedu.save` wrote.
+            :func:`lqedu.save` or another tool wrote: see :func:`lqedu.checkpoint.import_model`.
         dtype: of the parameters: float32, float16, bfloat16 or float64. Codes and scales of a quantized model stay as
             they were saved.
         device: where the model goes.
 
     Returns:
-        ``(model, tokenizer)``; the model is in evaluation mode, dense unless its folder is one of ours, and keeps the
+        ``(model, tokenizer)``; the model is in evaluation mode, dense unless its folder is a quantized one, and keeps the
         tokenizer as ``model.lqedu_tokenizer`` for :func:`lqedu.save`.
 
     Raises:
         UsageError: no such model, an incomplete folder, or a dtype that is not floating point.
-        UnsupportedModelError: not a causal language model that transformers knows by itself, or already quantized by
-            another tool.
+        UnsupportedModelError: not a causal language model that transformers knows by itself, or quantized in a way that
+            lqedu does not read.
         CheckpointError: weights that are damaged or do not belong to the configuration.
         MissingDependencyError: a Hub that cannot be reached, a device or a package this machine lacks.
 
@@ -62,8 +62,12 @@ def load_model(
         from lqedu.checkpoint import load  # here, because checkpoints know models and not the other way round
 
         model, tokenizer = load(name)
-        for parameter in model.parameters():  # buffers are codes and scales: their dtype is part of the format
-            parameter.data = parameter.data.to(dtype)
+        _cast_parameters(model, dtype)
+    elif Path(name).is_dir() and _is_imported(name):
+        from lqedu.checkpoint import import_model
+
+        model, tokenizer = import_model(name)
+        _cast_parameters(model, dtype)
     elif Path(name).is_dir():
         with _no_progress_bars():
             model, tokenizer = _load_dense(name, dtype)
@@ -73,6 +77,18 @@ def load_model(
         model, tokenizer = _load_dense(name, dtype)  # downloads take long: their progress bars stay
     model.lqedu_tokenizer = tokenizer  # travels with the model through quantize, so that save can write both
     return model.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def _is_imported(name: str) -> bool:
+    from lqedu.checkpoint.importing import is_quantized
+
+    return is_quantized(Path(name))
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Buffers are codes and scales: their dtype is part of the format."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def weights_sha256(model: nn.Module) -> str:

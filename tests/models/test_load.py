@@ -7,6 +7,7 @@ from huggingface_hub import errors as hub
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import lqedu
 from lqedu.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
 from lqedu.models import load_model, weights_sha256
 from tests.models.tiny import TYPES, VOCABULARY, tiny_model, tiny_windows
@@ -122,12 +123,23 @@ def test_a_config_that_is_no_json(folder):
         load_model(folder)
 
 
-def test_what_another_tool_quantized(folder):
+def test_what_another_tool_quantized_in_a_way_that_is_not_read(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match=r"already quantized \(gptq\); load the dense model"):
+    with pytest.raises(UnsupportedModelError, match=r"already quantized \(bitsandbytes\).*load the dense model"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_another_tool_quantized(tmp_path, folder, dtype):
+    quantized = lqedu.quantize(load_model(folder)[0], lqedu.methods.RTN(group_size=16))
+    out = lqedu.checkpoint.export(quantized, tmp_path / "gptq", "gptq")
+    model, tokenizer = load_model(out, dtype=dtype)
+    assert model.lqedu_tokenizer is tokenizer and not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    layer, was = (m.get_submodule("model.layers.0.mlp.up_proj") for m in (model, quantized))
+    assert layer.scale.dtype == torch.float16 and torch.equal(layer.codes, was.codes)
 
 
 def test_truncated_weights(folder):

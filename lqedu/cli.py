@@ -1,4 +1,4 @@
-"""The command line: ``lqedu quantize | eval | compare | bench | methods | doctor``.
+"""The command line: ``lqedu quantize | eval | compare | export | bench | methods | doctor``.
 
 Results go to stdout, progress and errors to stderr. Exit status 0 on success, 2 on bad usage or bad input with one
 sentence that says what is wrong and what to do. ``--json`` prints one JSON object and nothing else.
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from lqedu import __version__
-from lqedu.errors import LqeduError, UsageError
+from lqedu.errors import ExportError, LqeduError, UsageError
 
 _BadUsage = typer.BadParameter.__mro__[2]  # ClickException: click's own, or the copy that newer typers carry
 
@@ -193,6 +193,36 @@ def compare(
         for row in rows
     ]
     _print_table(f"{model} on {corpus}", ["method", "bits per weight", "perplexity", "NLL against dense"], table)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder that 'lqedu quantize' wrote.", show_default=False)],
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq or qserve.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", show_default=False)],
+    json_: JsonOpt = False,
+) -> None:
+    """Write a quantized model in the format of another tool; nothing is rounded again."""
+    from lqedu.checkpoint import export as run
+    from lqedu.checkpoint import exporting, open_quantized
+
+    if out.exists():
+        raise UsageError(f"{out} exists already; choose another --out or remove it")
+    if format not in exporting.LAYOUTS:
+        raise UsageError(f"--format is one of {', '.join(exporting.LAYOUTS)}, got {format!r}")
+    model, tokenizer = open_quantized(folder)
+    _print_notes(model)
+    try:
+        run(model, out, format, tokenizer)
+    except ExportError:
+        print(f"What goes where (- is refused):\n{exporting.TABLE}", file=sys.stderr)
+        raise
+    size = sum(file.stat().st_size for file in out.iterdir())
+    summary = {"folder": str(folder), "format": format, "out": str(out), "method": model.lqedu_method, "bytes": size}
+    if json_:
+        print(json.dumps(summary))
+    else:
+        print(f"{out}: {format}, {size / 1e6:,.2f} MB; every code, scale and zero point as in {folder}")
 
 
 @app.command()

@@ -205,3 +205,40 @@ def test_killed_and_started_again_ends_with_identical_bytes(tiny_folder: Path, t
     for path in sorted((tmp_path / "whole").iterdir()):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     assert not unfinished.exists()
+
+
+def test_export(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, out = tmp_path / "made", tmp_path / "out"
+    status, *_ = run("quantize", tiny_folder, "--method", "rtn", "--out", made, capsys=capsys)
+    assert status == 0
+    status, stdout, _ = run("export", made, "--format", "gptq", "--out", out, "--json", capsys=capsys)
+    assert status == 0
+    summary = json.loads(stdout)
+    assert (summary["format"], summary["method"]["name"]) == ("gptq", "rtn")
+    assert summary["bytes"] == sum(file.stat().st_size for file in out.iterdir())
+    want, got = lqedu.load_model(made)[0], lqedu.load_model(out)[0]
+    assert all(torch.equal(tensor, got.state_dict()[name]) for name, tensor in want.state_dict().items())
+    status, stdout, _ = run("export", out, "--format", "awq", "--out", tmp_path / "again", capsys=capsys)
+    assert status == 0 and "every code, scale and zero point" in stdout
+
+
+def test_export_refuses_in_one_sentence(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "made"
+    assert run("quantize", tiny_folder, "--method", "hqq", "--out", made, capsys=capsys)[0] == 0
+    status, stdout, stderr = run("export", made, "--format", "awq", "--out", tmp_path / "x", "--json", capsys=capsys)
+    *table, sentence = stderr.strip().splitlines()
+    assert (status, stdout) == (2, "")
+    assert sentence.startswith("lqedu: model.layers.0.self_attn.q_proj: its zero points are floats")
+    assert table[0] == "What goes where (- is refused):" and any(line.split()[0] == "smoothquant" for line in table)
+    for arguments, match in [
+        ((made, "--format", "gguf", "--out", tmp_path / "x"), "--format is one of compressed-tensors, gptq"),
+        (
+            (tiny_folder, "--format", "awq", "--out", tmp_path / "x"),
+            "holds no quantized model; 'lqedu quantize' writes one",
+        ),
+        ((tmp_path / "nowhere", "--format", "awq", "--out", tmp_path / "x"), "holds no quantized model"),
+        ((made, "--format", "awq", "--out", made), "exists already"),
+    ]:
+        status, stdout, stderr = run("export", *arguments, capsys=capsys)
+        assert (status, stdout) == (2, "") and match in stderr and len(stderr.strip().splitlines()) == 1, stderr
+    assert not (tmp_path / "x").exists()

@@ -2,6 +2,6 @@
 
 from lqedu.checkpoint.exporting import export
 from lqedu.checkpoint.folder import folder_bytes, load, save
-from lqedu.checkpoint.importing import import_model
+from lqedu.checkpoint.importing import import_model, open_quantized
 
-__all__ = ["export", "folder_bytes", "import_model", "load", "save"]
+__all__ = ["export", "folder_bytes", "import_model", "load", "open_quantized", "save"]

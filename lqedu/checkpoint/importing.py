@@ -15,6 +15,7 @@ from torch import nn
 
 from lqedu.checkpoint import qserve
 from lqedu.checkpoint.exporting import LAYOUTS
+from lqedu.checkpoint.folder import RECORD, load
 from lqedu.checkpoint.weights import open_weights, shorten
 from lqedu.errors import CheckpointError, GridError, UnsupportedModelError, UsageError
 from lqedu.formats.kv import KVInt
@@ -65,6 +66,21 @@ def import_model(folder: Path | str) -> tuple[nn.Module, Any]:
     model.lqedu_method = {"name": "imported", "options": {**said, "quant_method": method}}
     model.lqedu_notes, model.lqedu_tokenizer = notes, tokenizer
     return model, tokenizer
+
+
+def open_quantized(folder: Path | str) -> tuple[nn.Module, Any]:
+    """A quantized model and its tokenizer from a folder that :func:`lqedu.save` or another tool wrote, in the dtypes it has.
+
+    Raises:
+        UsageError: a dense model, or no folder.
+        LqeduError: as :func:`lqedu.checkpoint.load` and :func:`import_model`.
+    """
+    folder = Path(folder)
+    if (folder / RECORD).is_file():
+        return load(folder)
+    if not folder.is_dir() or not is_quantized(folder):
+        raise UsageError(f"{folder} holds no quantized model; 'lqedu quantize' writes one")
+    return import_model(folder)
 
 
 def is_quantized(folder: Path) -> bool:

@@ -165,11 +165,20 @@ def _block(p_table, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, widt
 
 
 @triton.jit
-def _load_pieces(p_x, o_x, m_x, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
-    b_pieces = ()
-    for j in tl.static_range(PIECES):
-        b_pieces = b_pieces + (tl.load(p_x + j * COLUMNS + o_x, mask=m_x, other=0.0),)  # noqa: RUF005
-    return b_pieces
+def _halves(b):
+    """The left and the right half of the columns; products keep both in the registers they are in."""
+    return tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _parts(b, PARTS: tl.constexpr):
+    """Columns in 1, 2 or 4 parts."""
+    b_out = (b,)
+    if PARTS > 1:
+        b_out = _halves(b)
+    if PARTS > 2:
+        b_out = _halves(b_out[0]) + _halves(b_out[1])
+    return b_out
 
 
 @triton.jit
@@ -219,16 +228,37 @@ def _store_pieces(
 
 
 @triton.jit
+def _load_rows(
+    p_x, o_r, tile, tiles, all_rows, PITCH: tl.constexpr, USED: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr,
+    RIGHT: tl.constexpr, RAGGED: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Rows of a tile, all pieces; those beyond its vectors, or all vectors, are 0."""
+    o_c = tl.arange(0, WIDE)
+    first = tl.full((), USED, tl.int64) * (tile // BLOCKS)
+    column = (tile % BLOCKS) * WIDE
+    m_x = (o_r < USED)[:, None]
+    if RAGGED:
+        m_x = m_x & (first + o_r < all_rows)[:, None]
+    if not RIGHT:
+        m_x = m_x & (column + o_c < PITCH)[None, :]
+    if AHEAD:
+        m_x = m_x & (o_r < USED * (tile < tiles).to(tl.int32))[:, None]
+    return tl.load(p_x + first * PITCH + column + (o_r[:, None] * PITCH + o_c[None, :]), mask=m_x, other=0.0)
+
+
+@triton.jit
 def _hadamard_kernel(
     p_x, p_left, p_right, p_y, p_scale, p_sums, all_rows, tiles, factor, clip_ratio,
     PITCH: tl.constexpr, LEFT: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr,
     RIGHT: tl.constexpr, UNIT: tl.constexpr, TOKEN: tl.constexpr, LARGEST: tl.constexpr, CLIPPED: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr, RAGGED: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Y = L X R of a tile; TOKEN rows share a scale, and LARGEST is the largest code, 0 if y is not quantized."""
     dtype: tl.constexpr = p_x.dtype.element_ty
     USED: tl.constexpr = LEFT * VECTORS
+    TOKENS: tl.constexpr = USED // TOKEN if LARGEST else 0
     SIZE: tl.constexpr = ROWS + MORE
+    WIDE: tl.constexpr = PIECES * COLUMNS
     # 1. Tables, once a program: [ROWS + MORE, ROWS + MORE] in parts of a power of two, and [COLUMNS, COLUMNS].
     b_left = _block(p_left, 0, 0, ROWS, ROWS, SIZE)
     if MORE:
@@ -236,40 +266,40 @@ def _hadamard_kernel(
         b_more_left = _block(p_left, ROWS, 0, MORE, ROWS, SIZE)
         b_more_more = _block(p_left, ROWS, ROWS, MORE, MORE, SIZE)
     b_right = _block(p_right, 0, 0, COLUMNS, COLUMNS, COLUMNS)
-    o_r = tl.arange(0, ROWS)
+    o_r, o_more = tl.arange(0, ROWS), ROWS + tl.arange(0, MORE if MORE else ROWS)
     o_c = tl.arange(0, COLUMNS)
-    o_x = o_r[:, None] * PITCH + o_c[None, :]
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        # 2. Place and load: rows beyond the tile's vectors, or all vectors, are 0.
-        first = tl.full((), USED, tl.int64) * (tile // BLOCKS)
-        column = (tile % BLOCKS) * COLUMNS
-        p_in, p_out = p_x + first * PITCH + column, p_y + first * PITCH + column
-        m_x = ((o_r < USED) & (first + o_r < all_rows))[:, None]
-        if not RIGHT:
-            m_x = m_x & (column + o_c < PITCH)[None, :]
-        b_x = _load_pieces(p_in, o_x, m_x, PIECES, COLUMNS)  # PIECES times [ROWS, COLUMNS]
+    if AHEAD:  # rows of the next tile wait in registers
+        b_next = _load_rows(p_x, o_r, tl.program_id(0), tiles, all_rows, PITCH, USED, WIDE, BLOCKS, RIGHT, RAGGED, True)
         if MORE:
-            o_more = ROWS + tl.arange(0, MORE)
-            o_xm = o_more[:, None] * PITCH + o_c[None, :]
-            m_xm = (o_more < USED)[:, None]
-            b_xm = _load_pieces(p_in, o_xm, m_xm, PIECES, COLUMNS)  # PIECES times [MORE, COLUMNS]
-        # 3. L X: the products of all pieces, float32.
-        b_y = ()
-        b_ym = ()
-        for j in tl.static_range(PIECES):
+            b_next_more = _load_rows(
+                p_x, o_more, tl.program_id(0), tiles, all_rows, PITCH, USED, WIDE, BLOCKS, RIGHT, RAGGED, True
+            )
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        # 2. Load [ROWS, PIECES COLUMNS], and [MORE, PIECES COLUMNS].
+        if AHEAD:
+            b_x, next = b_next, tile + tl.num_programs(0)
+            b_next = _load_rows(p_x, o_r, next, tiles, all_rows, PITCH, USED, WIDE, BLOCKS, RIGHT, RAGGED, True)
             if MORE:
-                b_y = b_y + (_dot(b_left_more, b_xm[j], _dot(b_left, b_x[j])),)  # noqa: RUF005
-                b_ym = b_ym + (_dot(b_more_more, b_xm[j], _dot(b_more_left, b_x[j])),)  # noqa: RUF005
-            else:
-                b_y = b_y + (_dot(b_left, b_x[j]),)  # noqa: RUF005
+                b_xm = b_next_more
+                b_next_more = _load_rows(
+                    p_x, o_more, next, tiles, all_rows, PITCH, USED, WIDE, BLOCKS, RIGHT, RAGGED, True
+                )
+        else:
+            b_x = _load_rows(p_x, o_r, tile, tiles, all_rows, PITCH, USED, WIDE, BLOCKS, RIGHT, RAGGED, False)
+            if MORE:
+                b_xm = _load_rows(p_x, o_more, tile, tiles, all_rows, PITCH, USED, WIDE, BLOCKS, RIGHT, RAGGED, False)
+        # 3. L X, float32, one product for all pieces.
+        b_y = _dot(b_left, b_x)
+        if MORE:
+            b_y = _dot(b_left_more, b_xm, b_y)
+            b_ym = _parts(_dot(b_more_more, b_xm, _dot(b_more_left, b_x)), PIECES)
         # 4. (L X) R: rounded to 16 bits between the products.
-        b_y = _right(b_y, b_right, dtype, PIECES, RIGHT)
+        b_y = _right(_parts(b_y, PIECES), b_right, dtype, PIECES, RIGHT)
         if MORE:
             b_ym = _right(b_ym, b_right, dtype, PIECES, RIGHT)
         # 5. Scale and store: the factor that makes the transform orthonormal goes into the scale of a token.
         b_factor = factor
         if LARGEST:
-            TOKENS: tl.constexpr = USED // TOKEN
             b_largest = largest_of_pieces(b_y, PIECES)
             if TOKENS == 1:
                 b_range = largest_along(b_largest, 0)
@@ -283,9 +313,19 @@ def _hadamard_kernel(
                 b_factor = tl.reshape(tl.broadcast_to(b_codes[:, None], (TOKENS, TOKEN)), (ROWS,))[:, None]
                 o_t = tile * TOKENS + tl.arange(0, TOKENS)
                 tl.store(p_scale + o_t, b_scale, mask=o_t * TOKEN < all_rows)
-        b_sum = _store_pieces(p_out, o_x, m_x, b_y, b_factor, LARGEST, UNIT, CLIPPED, PIECES, COLUMNS)
+        first = tl.full((), USED, tl.int64) * (tile // BLOCKS)
+        column = (tile % BLOCKS) * COLUMNS
+        p_out = p_y + first * PITCH + column
+        m_y = (o_r < USED)[:, None]
+        if RAGGED:
+            m_y = m_y & (first + o_r < all_rows)[:, None]
+        if not RIGHT:
+            m_y = m_y & (column + o_c < PITCH)[None, :]
+        o_y = o_r[:, None] * PITCH + o_c[None, :]
+        b_sum = _store_pieces(p_out, o_y, m_y, b_y, b_factor, LARGEST, UNIT, CLIPPED, PIECES, COLUMNS)
         if MORE:
-            b_sum_more = _store_pieces(p_out, o_xm, m_xm, b_ym, b_factor, LARGEST, UNIT, CLIPPED, PIECES, COLUMNS)
+            o_ym, m_ym = o_more[:, None] * PITCH + o_c[None, :], (o_more < USED)[:, None]
+            b_sum_more = _store_pieces(p_out, o_ym, m_ym, b_ym, b_factor, LARGEST, UNIT, CLIPPED, PIECES, COLUMNS)
         if p_sums is not None:
             if TOKENS == 1:
                 total = tl.sum(b_sum, 0)
@@ -383,10 +423,11 @@ def _launch(
     programs = min(tiles, c["resident"] * target_of(x, "x").processors) if c["resident"] else tiles
     _hadamard_kernel[(programs,)](
         x, b_left, b_right, y, out and out.scale, out and out.sums, rows, tiles, factor, grid.clip_ratio if grid else 1.0,
-        PITCH=pitch, LEFT=s.left, PIECES=s.pieces, COLUMNS=s.columns, VECTORS=s.vectors, ROWS=s.rows, MORE=s.more, RIGHT=stride == 1,
-        UNIT=factor == 1 and grid is None, TOKEN=x.shape[1] // pitch, LARGEST=grid.largest if grid else 0,
+        PITCH=pitch, LEFT=s.left, PIECES=s.pieces, COLUMNS=s.columns, VECTORS=s.vectors, ROWS=s.rows, MORE=s.more,
+        RIGHT=stride == 1, UNIT=factor == 1 and grid is None, TOKEN=x.shape[1] // pitch, LARGEST=grid.largest if grid else 0,
         CLIPPED=grid is not None and grid.clip_ratio != 1, BLOCKS=blocks,
-        STAGES=c["stages"], num_warps=c["warps"],
+        RAGGED=rows % (s.left * s.vectors) != 0, AHEAD=c.get("ahead", False),
+        STAGES=c["stages"], num_warps=c["warps"], maxnreg=c.get("registers"),
     )  # fmt: skip
 
 

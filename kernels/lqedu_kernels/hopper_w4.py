@@ -106,7 +106,7 @@ def _two_level(q, group, P: gl.constexpr):
 
 @gluon.jit
 def _ratio(q, r, P: gl.constexpr):
-    """Nibble q + 8 to round_half_even(q r): the sum 1152 + q r, in float16, has no fraction bits left (QQQ)."""
+    """Nibble q + 8 to round_half_even(q r): 1536 + q r, in float16, has no fraction bits left, and w8 in its low byte (QQQ)."""
     CODE: gl.constexpr = (
         "lop3.b32 e, $1, 0x000f000f, 0x64006400, 0xea; shr.u32 t, $1, 8; lop3.b32 o, t, 0x000f000f, 0x64006400, 0xea;"
         " mov.b32 t, 0xe408e408; add.rn.f16x2 e, e, t; add.rn.f16x2 o, o, t;"
@@ -117,8 +117,8 @@ def _ratio(q, r, P: gl.constexpr):
     return gl.inline_asm_elementwise(
         "{ .reg .b32 e, o, t, u; "
         + CODE
-        + " mov.b32 t, 0x64806480; fma.rn.f16x2 e, e, $2, t; fma.rn.f16x2 o, o, $2, t;"
-        " prmt.b32 t, e, o, 0x6240; xor.b32 $0, t, 0x80808080; }",
+        + " mov.b32 t, 0x66006600; fma.rn.f16x2 e, e, $2, t; fma.rn.f16x2 o, o, $2, t;"
+        " prmt.b32 $0, e, o, 0x6240; }",
         "=r,r,r,r",
         [q, r],
         dtype=gl.int8,

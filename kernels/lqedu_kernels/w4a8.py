@@ -19,6 +19,9 @@ Tensors, for G = K/g groups of g = 64 or 128 inputs::
     groups   float16  [G, 8 ceil(N/8)]      r = s_group / s_channel
     zero     int32    [N]                   per channel only, of the *signed* codes (z - 8); with x_sum int32 [M] = Σ_k x
 
+One token has no use for tensor cores, which multiply at least eight: ``dp4a`` adds four products to an int32 sum in one
+instruction, nothing goes by way of shared memory, and the bytes of the weights are all that counts.
+
 One register of a program, four bytes of one row, is eight weights; each line below is one instruction::
 
     bits   31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
@@ -47,6 +50,7 @@ __all__ = [
     "default_config",
     "few",
     "int8_weight",
+    "one",
     "operations",
     "pack_groups",
     "pack_ratios",
@@ -188,25 +192,34 @@ def _by_integer(b_w, b_group, HIGH: tl.constexpr):
     )
 
 
+def _ratio_ptx(mask: str, eight: str) -> str:
+    """Nibbles under a mask of ``$1`` to four int8, by the packed float16 ratio ``$2``: see :func:`_by_ratio`."""
+    return (
+        f"{{ .reg .b32 t, u, e, m; mov.b32 e, {eight}; mov.b32 m, 0x66006600; shr.u32 u, $1, 8; "
+        f"lop3.b32 t, $1, {mask}, 0x64006400, 0xea; lop3.b32 u, u, {mask}, 0x64006400, 0xea; "
+        "sub.f16x2 t, t, e; sub.f16x2 u, u, e; fma.rn.f16x2 t, t, $2, m; fma.rn.f16x2 u, u, $2, m; "
+        "prmt.b32 $0, t, u, 0x6240; }"
+    )
+
+
+_LOW_RATIO = tl.constexpr(_ratio_ptx("0x000f000f", "0x64086408"))  # less 1024 + 8
+_HIGH_RATIO = tl.constexpr(_ratio_ptx("0x00f000f0", "0x64806480"))  # less 1024 + 16 · 8
+
+
 @triton.jit
 def _by_ratio(b_w, b_group, HIGH: tl.constexpr):
     """Nibbles of uint8 ``[.., BN, 64]`` to int8 ``round_half_even((q - 8) r)``; float16 r in the low half of int32 ``[.., BN]``.
 
-    In float16, 1024 + q is a nibble set into the last bits of 0x6400, and 1152 + q r, rounded once by the multiply-add,
-    has ``w8 + 128`` in its lowest byte. A high nibble stays where it is, 16 q, and meets r/16.
+    In float16, 1024 + q is a nibble set into the last bits of 0x6400, and 1536 + q r, rounded once by the multiply-add,
+    has ``w8`` in its lowest byte. A high nibble stays where it is, 16 q, and meets r/16.
     """
     b_r = b_group.to(tl.int16).to(tl.float16, bitcast=True)
     if INTERPRET:
         b_q = (b_w >> 4 if HIGH else b_w & 15).to(tl.float32) - 8
         return round_half_even(b_q * tl.expand_dims(b_r.to(tl.float32), -1)).to(tl.int8)
     b_two = ((b_r * 0.0625 if HIGH else b_r).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x00010001
-    MASK: tl.constexpr = "0x00f000f0" if HIGH else "0x000f000f"
-    EIGHT: tl.constexpr = "0x64806480" if HIGH else "0x64086408"  # 1024 + 8, or 1024 + 16 * 8
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 t, u, e, m; mov.b32 e, " + EIGHT + "; mov.b32 m, 0x64806480; shr.u32 u, $1, 8; "
-        "lop3.b32 t, $1, " + MASK + ", 0x64006400, 0xea; lop3.b32 u, u, " + MASK + ", 0x64006400, 0xea; "
-        "sub.f16x2 t, t, e; sub.f16x2 u, u, e; fma.rn.f16x2 t, t, $2, m; fma.rn.f16x2 u, u, $2, m; "
-        "prmt.b32 t, t, u, 0x6240; xor.b32 $0, t, 0x80808080; }",
+        _HIGH_RATIO if HIGH else _LOW_RATIO,
         "=r,r,r,r,r,r",
         [b_w, tl.broadcast_to(tl.expand_dims(b_two, -1), b_w.shape)],
         dtype=tl.int8,
@@ -375,8 +388,105 @@ def _tile_kernel(
     _scale_and_store(b_sum, b_x_scale, b_scale, p_zero, p_x_sum, p_bias, p_y, M, N, o_n, o_m, FORM)
 
 
+@triton.jit
+def _dot4(b_a, b_b, b_sum):
+    """``sum`` plus the products of the four int8 in each int32 of ``a`` and ``b``: one instruction."""
+    if INTERPRET:
+        for i in tl.static_range(4):
+            b_sum += ((b_a << (24 - 8 * i)) >> 24) * ((b_b << (24 - 8 * i)) >> 24)
+        return b_sum
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [b_a, b_b, b_sum], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _word(b_w, b_group, FORM: tl.constexpr, HIGH: tl.constexpr):
+    """The four int8 weights, as one int32, of the low or the high nibbles of each int32 of ``w``."""
+    if FORM == "channel":
+        return (b_w if HIGH else b_w << 4) & -0x0F0F0F10  # 0xf0f0f0f0
+    if FORM == "integer":
+        b_q = (b_w >> 4 if HIGH else b_w) & 0x0F0F0F0F
+        return (b_q * (b_group & 0xFF) + ((b_group >> 8) + 1) * 0x01010101) ^ -0x7F7F7F80  # 0x80808080
+    b_r = b_group.to(tl.int16).to(tl.float16, bitcast=True)
+    if INTERPRET:
+        b_out = tl.zeros(b_w.shape, tl.int32)
+        for i in tl.static_range(4):
+            b_q = ((b_w >> (8 * i + 4 if HIGH else 8 * i)) & 15).to(tl.float32) - 8
+            b_out |= (round_half_even(b_q * b_r.to(tl.float32)).to(tl.int32) & 0xFF) << (8 * i)
+        return b_out
+    b_two = ((b_r * 0.0625 if HIGH else b_r).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x00010001
+    return tl.inline_asm_elementwise(
+        _HIGH_RATIO if HIGH else _LOW_RATIO,
+        "=r,r,r",
+        [b_w, tl.broadcast_to(b_two, b_w.shape)],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _to_words(b_group):
+    """16-bit words of the groups of blocks, ``[BN, B]``, one for each of the 16 words of a block: int32 ``[BN, 16 B]``."""
+    BN: tl.constexpr = b_group.shape[0]
+    B: tl.constexpr = b_group.shape[1]
+    return tl.reshape(tl.broadcast_to(b_group.to(tl.int32)[:, :, None], (BN, B, 16)), (BN, 16 * B))
+
+
+@triton.jit(do_not_specialize=["M", "blocks"])
+def _one_kernel(
+    p_x, p_x_scale, p_codes, p_scale, p_groups, p_zero, p_x_sum, p_bias, p_y, M, N, blocks, stride_g,
+    FORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    EVICT: tl.constexpr = "",
+):  # fmt: skip
+    """BN outputs of one token, without tensor cores: 32-bit words of four x and of eight weights; B blocks of inputs at a time."""
+    # 1 Place.
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1).to(tl.int64)
+    o_row = tl.minimum(o_n, N - 1)
+    o_b, o_w = tl.arange(0, B), tl.arange(0, 16 * B)
+    p_w = p_codes + (o_row.to(tl.int64) * (blocks * 16))[:, None] + o_w[None, :]
+    p_t = p_x + m * (blocks * 32) + (o_w // 16 * 32 + o_w % 16)[None, :]
+    b_sum = tl.zeros((BN, 16 * B), tl.int32)
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
+    for block in range(0, blocks, B):
+        # 2 Load 64 bytes of each row and 128 inputs, B times.
+        m_w = (o_w < (blocks - block) * 16)[None, :]
+        b_w = tl.load(p_w, mask=None if EVEN else m_w, eviction_policy=EVICT)  # [BN, 16 B]
+        b_low = tl.load(p_t) if EVEN else tl.load(p_t, mask=m_w, other=0)  # [1, 16 B]
+        b_high = tl.load(p_t + 16) if EVEN else tl.load(p_t + 16, mask=m_w, other=0)
+        b_g, b_h = b_w, b_w  # not looked at per channel
+        if FORM != "channel":
+            o_group = tl.minimum(block + o_b, blocks - 1) * (128 // GROUP)
+            p_g = p_groups + o_group.to(tl.int64)[None, :] * stride_g + o_row[:, None]
+            b_g = _to_words(tl.load(p_g))
+            b_h = b_g if GROUP == 128 else _to_words(tl.load(p_g + stride_g))
+        # 3 Unpack, and 4 accumulate.
+        b_sum = _dot4(_word(b_w, b_g, FORM, False), tl.broadcast_to(b_low, b_w.shape), b_sum)
+        b_sum = _dot4(_word(b_w, b_h, FORM, True), tl.broadcast_to(b_high, b_w.shape), b_sum)
+        p_w += B * 16
+        p_t += B * 32
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
+    # 5 Scale and store.
+    b_all = tl.sum(b_sum, 1)
+    m_n = o_n < N
+    if FORM == "channel":
+        b_all = b_all >> 4
+    if p_zero is not None:
+        b_all -= tl.load(p_zero + o_n, mask=m_n) * tl.load(p_x_sum + m)
+    b_y = b_all.to(tl.float32) * tl.load(p_scale + o_n, mask=m_n, other=0).to(tl.float32) * tl.load(p_x_scale + m)
+    if p_bias is not None:
+        b_y += tl.load(p_bias + o_n, mask=m_n).to(tl.float32)
+    tl.store(p_y + m * N + o_n, to_dtype(b_y, p_y.dtype.element_ty), mask=m_n)
+
+
 def default_config(m: int, n: int, k: int) -> dict:
-    """For GPUs without measurements, the usual winner on an H100: a warp for each block of inputs while tokens and outputs are few."""
+    """For GPUs without measurements, the usual winner on an H100: for few tokens and outputs a warp for each block of inputs."""
+    if m == 1 and k % BLOCK == 0:
+        return one(4, 32, warps=4)
     if m <= 16:
         return few(32, 8 if m <= 8 else 16, 4, stages=4) if n <= 8192 else tile(64, 16, 2, warps=4, stages=4)
     if m <= 64:
@@ -392,6 +502,11 @@ def few(block_n: int, block_m: int, blocks: int, *, stages: int, ahead: bool = F
         "kernel": "few", "BN": block_n, "BM": block_m, "B": blocks,
         "num_warps": blocks, "num_stages": stages, "AHEAD": ahead,
     }  # fmt: skip
+
+
+def one(block_n: int, blocks: int, *, warps: int, ahead: bool = False) -> dict:
+    """A launch of ``_one_kernel``, for whole blocks of inputs: ``blocks`` of them at a time."""
+    return {"kernel": "one", "BN": block_n, "B": blocks, "num_warps": warps, "AHEAD": ahead}
 
 
 def tile(
@@ -411,6 +526,8 @@ def search_space(m: int, n: int, k: int) -> list[dict]:
         from lqedu_kernels import hopper_w4  # Gluon, which only this version of Triton can import
 
         found += [{"kernel": "hopper", **c} for c in hopper_w4.search_space(m, n, k, torch.int8)[:8]]
+    if m == 1 and k % BLOCK == 0:
+        found += [one(n, b, warps=w, ahead=a) for a in (True, False) for n in (4, 8) for b, w in ((32, 4), (16, 2))]
     if m <= 32:
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
         sizes = ((32, 4, 4), (16, 4, 5), (32, 2, 6), (16, 2, 6))
@@ -468,7 +585,7 @@ def w4a8_matmul(
     if m == 0 or n == 0:
         return y
     form = "channel" if groups is None else "integer" if groups.dtype == torch.int16 else "ratio"
-    check_kernel(config, ("few", "tile", "hopper"))
+    check_kernel(config, ("one", "few", "tile", "hopper"))
     name = "w4a8/channel" if groups is None else f"w4a8/{form}{group_size}"
     launch = dict(config or configuration(name, m, n, k, gpu=target.name) or default_config(m, n, k))
     if launch["kernel"] == "hopper":
@@ -487,6 +604,23 @@ def w4a8_matmul(
             raise ValueError(f"config asks for the Gluon kernel, which does not take this call: {GLUON_LIMITS}")
         launch = default_config(m, n, k)
     blocks = -(-k // BLOCK)
+    if launch["kernel"] == "one" and k % BLOCK:
+        if config is not None:
+            raise ValueError(
+                f"config asks for the kernel of whole blocks of {BLOCK} inputs, x has {k}: take another, or None"
+            )
+        launch = default_config(m, n, k)
+    launch["AHEAD"] = launch["AHEAD"] and target.capability >= (9, 0) and not INTERPRET.value
+    if launch["AHEAD"]:
+        launch["launch_pdl"] = True
+    if launch["kernel"] == "one":
+        del launch["kernel"]
+        _one_kernel[(-(-n // launch["BN"]), m)](
+            x.view(torch.int32), x_scale, codes.view(torch.int32), scale, codes if groups is None else groups.view(torch.int16),
+            zero, x_sum, bias, y, m, n, blocks, 1 if groups is None else groups.shape[1],
+            FORM=form, GROUP=group_size, EVEN=blocks % launch["B"] == 0, **launch,
+        )  # fmt: skip
+        return y
     tiles_m, tiles_n = -(-m // launch["BM"]), -(-n // launch["BN"])
     if launch.pop("kernel") == "few":
         kernel, grid, even = _few_kernel, (tiles_n, tiles_m), k % (BLOCK * launch["B"]) == 0
@@ -494,9 +628,6 @@ def w4a8_matmul(
         kernel, grid, even = _tile_kernel, (tiles_n * tiles_m,), k % BLOCK == 0
         if blocks % launch["B"]:
             launch["B"] = 1
-    launch["AHEAD"] = launch["AHEAD"] and target.capability >= (9, 0) and not INTERPRET.value
-    if launch["AHEAD"]:
-        launch["launch_pdl"] = True
     kernel[grid](
         x, x_scale, codes, scale, codes if groups is None else groups.flatten().view(torch.int32), zero, x_sum, bias, y,
         m, n, k, blocks, 1 if groups is None else groups.shape[1] // 2,

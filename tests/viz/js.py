@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def evaluate(module: str, expression: str, argument: Any) -> Any:
 
 
 def _evaluate_in_browser(module: str, expression: str, argument: Any) -> Any:
-    with browser() as chromium:
-        page = chromium.new_page()
+    with browser() as chromium, chromium.new_context() as context:
+        page = context.new_page()
         code = (
             "async ([source, argument]) => {"
             "const module = await import(URL.createObjectURL(new Blob([source], { type: 'text/javascript' })));"
@@ -82,10 +82,15 @@ def explorer_page(explorer: Explorer, *, width: int = 1280, theme: str = "light"
         "background:var(--pst-color-background);color:var(--pst-color-text-base)}</style></head>"
         f"<body>{explorer.html()}</body></html>"
     )
-    with tempfile.TemporaryDirectory() as folder, browser() as chromium:
+    viewport = {"width": width, "height": 900}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        browser() as chromium,
+        chromium.new_context(viewport=viewport) as context,
+    ):
         path = Path(folder, "page.html")
         path.write_text(html, encoding="utf-8")
-        page = chromium.new_page(viewport={"width": width, "height": 900})
+        page = context.new_page()
         complaints: list[str] = []
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -136,7 +141,28 @@ def assert_every_control_matters(explorer: Explorer, *, width: int, order: Seque
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """Headless Chromium; the test is skipped where there is none, unless LQEDU_REQUIRE_BROWSER=1."""
+    """Headless Chromium, started once a process: what needs a clean one opens a context of its own.
+
+    The test is skipped where there is none, unless LQEDU_REQUIRE_BROWSER=1. ``close_browser`` ends it.
+    """
+    if not _started or not _started[0].is_connected():
+        close_browser()
+        _started.append(_running.enter_context(_launched()))
+    yield _started[0]
+
+
+def close_browser() -> None:
+    """End the browser, if one was started; tests/conftest.py does so after the last test."""
+    _started.clear()
+    _running.close()
+
+
+_started: list[Any] = []  # the browser of this process, once there is one
+_running = ExitStack()
+
+
+@contextmanager
+def _launched() -> Iterator[Any]:
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:

@@ -183,8 +183,8 @@ def test_the_widgets_module_renders_for_a_live_model():
       const figure = document.querySelector("figure");
       return [figure.getAttribute("aria-label"), figure.querySelectorAll(".control").length];
     }"""
-    with browser() as chromium:
-        assert chromium.new_page().evaluate(live, [str(widget._esm), state]) == ["A <grid>", 4]
+    with browser() as chromium, chromium.new_context() as context:
+        assert context.new_page().evaluate(live, [str(widget._esm), state]) == ["A <grid>", 4]
 
 
 def test_without_node_the_browser_computes_the_same(monkeypatch):

@@ -1,6 +1,6 @@
 """The layout of AWQ checkpoints, version "gemm", as AutoAWQ wrote it and its successors read it.
 
-With K inputs, N outputs, G groups, for each linear layer
+With K inputs, N outputs, G groups, for each linear layer::
 
     qweight  int32 [K, N / 8]    codes 0 to 15, packed along the outputs
     qzeros   int32 [G, N / 8]    zero points, packed in the same way

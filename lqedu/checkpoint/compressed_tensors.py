@@ -1,6 +1,6 @@
 """The layouts of compressed-tensors, which vLLM, SGLang and transformers read, and what its schemes say.
 
-With b bits, K inputs, N outputs, for each linear layer
+With b bits, K inputs, N outputs, for each linear layer::
 
     pack-quantized     weight_packed int32 [N, K b / 32], weight_shape int64 [2]; codes q + 2**(b-1), packed along the inputs
     int-quantized      weight int8 [N, K]

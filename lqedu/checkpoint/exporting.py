@@ -1,6 +1,6 @@
 """A quantized model as a folder that other tools load: ``lqedu.checkpoint.export``.
 
-What goes where (each cell is what a method has to be asked for; nothing is approximated, what is not here is refused):
+What goes where (each cell is what a method has to be asked for; nothing is approximated, what is not here is refused)::
 
     method        compressed-tensors                 gptq            awq      qserve
     rtn           2-8 bits, inputs 8 bits or none    2, 3, 4, 8 bits 4 bits   4 bits per channel, inputs 8 bits per token
@@ -38,6 +38,8 @@ from lqedu.formats.kv import KVInt
 from lqedu.runtime.attention import AttentionPath
 from lqedu.runtime.inputs import TransformedLinear
 from lqedu.runtime.linear import quantized_linears
+
+__all__ = ["LAYOUTS", "TABLE", "exported"]  # export itself is in lqedu.checkpoint
 
 #: The layouts by the name of their format.
 LAYOUTS: dict[str, ModuleType] = {module.NAME: module for module in (compressed_tensors, gptq, awq, qserve)}

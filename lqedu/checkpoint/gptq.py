@@ -1,6 +1,6 @@
 """The layout of GPTQ checkpoints, as AutoGPTQ began it and GPTQModel writes it.
 
-With b bits, K inputs, N outputs, G groups, for each linear layer
+With b bits, K inputs, N outputs, G groups, for each linear layer::
 
     qweight  int32 [K b / 32, N]     codes 0 to 2**b - 1, packed along the inputs
     qzeros   int32 [G, N b / 32]     zero points, packed along the outputs; version 1 ("gptq") stores z - 1, version 2 z

@@ -1,6 +1,6 @@
 """What the layouts of other tools share: a linear layer as its parts, and the steps between our codes and theirs.
 
-Every module beside this one describes one layout by the same five names:
+Every module beside this one describes one layout by the same five names::
 
     NAME                             its ``quant_method`` in config.json
     encode(linear)                   parts of a linear layer -> tensors of the file, and what its config says of it

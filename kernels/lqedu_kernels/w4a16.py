@@ -112,8 +112,8 @@ def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | st
     """Where nothing was measured.
 
     Keys: ``kernel`` "few" (``slices`` blocks of inputs at a time, ``splits`` programs a tile), "many" (``programs`` share the
-    tiles, 0: one a tile; group_m rows of tiles are walked together) or, from a file of measured configurations, "hopper"
-    with the keys of ``lqedu_kernels.hopper_w4``; block_m, block_n; warps, stages.
+    tiles, 0: one a tile; group_m rows of tiles are walked together) or, from a file of measured configurations, "hopper" and
+    "hopper_few" with the keys of ``lqedu_kernels.hopper_w4`` and ``hopper_few``; block_m, block_n; warps, stages.
     """
     if m <= 16:
         splits = 1 if 32 * target.processors <= n + 31 else 2
@@ -148,6 +148,10 @@ def search_space(m: int, n: int, k: int, target: Target) -> list[dict]:
                 3 * target.processors: None,
             }:
                 space.append(dict(kernel="many", block_m=block_m, block_n=block_n, warps=4, stages=3, group_m=8, programs=programs))  # fmt: skip
+    if m <= 16 and HAS_GLUON and target.capability == (9, 0):
+        from lqedu_kernels import hopper_few
+
+        space += [dict(kernel="hopper_few", **c) for c in hopper_few.search_space(m)]
     if m > 32 and HAS_GLUON and target.capability == (9, 0):
         from lqedu_kernels import hopper_w4
 
@@ -477,21 +481,21 @@ def w4a16_matmul(
     if m == 0:
         return y
     float_zero = zero is not None and zero.is_floating_point()
-    check_kernel(config, ("few", "many", "hopper"))
+    check_kernel(config, ("few", "many", "hopper", "hopper_few"))
     operation = _operation(x.dtype, group_size, float_zero)
     c = config or configuration(operation, m, n, k, gpu=target.name) or default_config(m, n, k, target)
-    if c["kernel"] == "hopper":
-        # The forms that were compared with the reference on a GPU; the others compile, see bench/notes/hopper_w4.md.
-        compared = group_size is not None and not float_zero and scale.dtype == x.dtype and bias is None
-        if HAS_GLUON and compared:
-            from lqedu_kernels import hopper_w4  # Gluon, which only this version of Triton can import
+    if c["kernel"] in ("hopper", "hopper_few"):
+        if HAS_GLUON:
+            from lqedu_kernels import hopper_few, hopper_w4  # Gluon, which only this version of Triton can import
 
-            if hopper_w4.available(target, *(t for t in (x, words, y, scale, zero) if t is not None)):
-                return hopper_w4.w4a16(
-                    x, words, scale, zero, bias, y, group_size=group_size, config=c, processors=target.processors
-                )  # fmt: skip
+            arguments = dict(group_size=group_size, config=c, processors=target.processors)
+            if c["kernel"] == "hopper_few":
+                if hopper_few.available(target, m, n, k, c):
+                    return hopper_few.w4a16(x, words, scale, zero, bias, y, **arguments)
+            elif hopper_w4.available(target, *(t for t in (x, words, y, scale, zero) if t is not None)):
+                return hopper_w4.w4a16(x, words, scale, zero, bias, y, **arguments)
         if config is not None:
-            raise ValueError(f"config asks for the Gluon kernel, which does not take this call: {GLUON_LIMITS}")
+            raise ValueError(f"config asks for a Gluon kernel, which does not take this call: {GLUON_LIMITS}")
         c = default_config(m, n, k, target)
     block_m, block_n = c["block_m"], c["block_n"]
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)

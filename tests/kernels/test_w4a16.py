@@ -68,7 +68,14 @@ def assert_close(y: Tensor, a: dict, config: dict, bias: Tensor | None = None) -
     weight = weight_in_float64(a["words"], a["scale"], a["zero"], a["group_size"], x.shape[1])
     want = x @ weight.T + (0 if bias is None else bias.cpu().double())
     spread = (x.square() @ weight.square().T).sqrt()
-    rounded = 5 * ROUNDOFF[dtype] if config["kernel"] == "many" else 2.0**-20
+    # "hopper_few" adds up to 11008 products with tensor cores, which cut off what is below float32 (twice 2^-20 was seen).
+    rounded = (
+        5 * ROUNDOFF[dtype]
+        if config["kernel"] == "many"
+        else 2.0**-18
+        if config["kernel"] == "hopper_few"
+        else 2.0**-20
+    )
     allowed = ROUNDOFF[dtype] * 1.001 * want.abs() + rounded * spread
     worst = ((y.cpu().double() - want).abs() / allowed).max()
     assert y.isfinite().all() and worst <= 1, f"{float(worst):.2f} times what is allowed"

@@ -136,6 +136,16 @@ def _load_scales(p_x_scale, p_w_scale, p_bias, o_m, o_n, M, N, x_stride, w_strid
 
 
 @triton.jit
+def _block_scale(p_x_block, p_w_block, step, end, x_stride_k):
+    """Scales of the blocks of a step, ``[BLOCK_M]``; behind the last step, those of the last."""
+    step = tl.minimum(step, end - 1)
+    b_s = tl.load(p_x_block + step * x_stride_k)
+    if p_w_block is not None:
+        b_s *= tl.load(p_w_block + step)
+    return b_s
+
+
+@triton.jit
 def _finish(b_sum, scales, dtype: tl.constexpr):
     b_x_scale, b_w_scale, b_bias = scales
     return to_dtype(b_sum * b_x_scale * b_w_scale + b_bias, dtype)
@@ -159,13 +169,18 @@ def _split_kernel(
     p_x_rows = p_x + o_m.to(tl.int64)[None, :] * K + o_k[:, None]
     # Outputs beyond the end read the last row; what it gives is not stored.
     p_w_rows = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * K + o_k[None, :]
-    p_s = p_x_scale + tl.minimum(o_m, M - 1) * x_stride
+    p_x_block, p_w_block = p_x_scale + tl.minimum(o_m, M - 1) * x_stride, p_w_blocks
+    if p_w_blocks is not None:
+        p_w_block += tile_n * BLOCK_N // 128 * steps
     o_m, o_n = o_m[None, :], o_n[:, None]
     after_previous(OVERLAP)
     # 2. Load: codes beyond K are 0. Scales come first, so that nobody waits for them in the end.
     scales = _load_scales(p_x_scale, p_w_scale, p_bias, o_m, o_n, M, N, x_stride, w_stride, BLOCKS)
     b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(part * steps // SPLITS, (part + 1) * steps // SPLITS):
+    begin, end = part * steps // SPLITS, (part + 1) * steps // SPLITS
+    if BLOCKS:  # loaded a step early, because nothing else hides how long it takes
+        b_s = _block_scale(p_x_block, p_w_block, begin, end, x_stride_k)
+    for step in range(begin, end):
         m_k = o_k < K - step * BLOCK_K
         # [BLOCK_N, BLOCK_K], read once: leaves the cache first
         b_w = tl.load(p_w_rows + step * BLOCK_K, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
@@ -173,10 +188,9 @@ def _split_kernel(
         b_x = tl.load(p_x_rows + step * BLOCK_K, mask=m_k[:, None] & (o_m < M), other=0.0)
         # 3. Multiply; of blocks, scale and add outside the tensor cores.
         if BLOCKS:
-            b_s = tl.load(p_s + step * x_stride_k)  # [BLOCK_M]
-            if p_w_blocks is not None:
-                b_s *= tl.load(p_w_blocks + (tile_n * BLOCK_N // 128) * steps + step)
+            b_next = _block_scale(p_x_block, p_w_block, step + 1, end, x_stride_k)
             b_sum += tl.dot(b_w, b_x) * b_s[None, :]
+            b_s = b_next
         else:
             b_sum = tl.dot(b_w, b_x, b_sum)
     # 4. Share: parts are handed in, and the last program gets the sum.
@@ -202,18 +216,21 @@ def _tiles_kernel(
         # 1. Place.
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        p_s = p_x_scale + tl.minimum(o_m, M - 1) * x_stride
+        p_x_block, p_w_block = p_x_scale + tl.minimum(o_m, M - 1) * x_stride, p_w_blocks
+        if p_w_blocks is not None:
+            p_w_block += tile_n * BLOCK_N // 128 * steps
         b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if BLOCKS:
+            b_s = _block_scale(p_x_block, p_w_block, 0, steps, x_stride_k)
         for step in range(steps):
             # 2. Load: descriptors give 0 outside.
             b_x = d_x.load([tile_m * BLOCK_M, step * BLOCK_K])  # [BLOCK_M, BLOCK_K]
             b_w = d_w.load([tile_n * BLOCK_N, step * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             # 3. Multiply; of blocks, scale and add outside the tensor cores.
             if BLOCKS:
-                b_s = tl.load(p_s + step * x_stride_k)  # [BLOCK_M]
-                if p_w_blocks is not None:
-                    b_s *= tl.load(p_w_blocks + (tile_n * BLOCK_N // 128) * steps + step)
+                b_next = _block_scale(p_x_block, p_w_block, step + 1, steps, x_stride_k)
                 b_sum += tl.dot(b_x, b_w.T) * b_s[:, None]
+                b_s = b_next
             else:
                 b_sum = tl.dot(b_x, b_w.T, b_sum)
         # 4. Halve: two stores of half a tile need half the shared memory, which buys a stage of the loop.

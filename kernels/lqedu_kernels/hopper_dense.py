@@ -19,7 +19,7 @@ multiprocessor and takes one output tile after another. Its warps split the work
 
 Consumer 1 starts LEAD steps late and stays behind. So the two do not stop at the same time: while one stores its half, or adds a
 block outside the tensor cores, the other has the tensor cores to itself. Registers move from the producer, which needs 40, to the
-consumers, 232 each (``setmaxnreg``).
+consumers, 232 each (``setmaxnreg``). The next launch prepares its barriers while this one ends (:func:`after_previous`).
 
 Integer sums are exact. FP8 sums are those of Hopper's tensor cores, as in the twin: all of K in one go for scales outside the sum
 (``use_fast_accum=True`` of ``torch._scaled_mm``), 128 products at a time and then float32 for blocks. The operations after the
@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqedu_kernels._dense import has_descriptors
-from lqedu_kernels._schedule import grouped_tile
+from lqedu_kernels._schedule import after_previous, grouped_tile, overlapped
 from lqedu_kernels._tensors import HAS_GLUON, Target, target_of
 
 #: Inputs of a step, a row of shared memory (128 bytes, one swizzle); also inputs and outputs that share a scale of a block.
@@ -74,7 +74,7 @@ def search_space(m: int, n: int, k: int, target: Target, *, blocks: bool = False
             triton.cdiv(tiles, target.processors) * tile[0] * (tile[1] + 32)
         )  # measured: a column less saves less than a column
 
-    tiles = [(128, 256), (128, 128), (128, 64)] + ([] if blocks else [(256, 128), (128, 192)])
+    tiles = [(128, 256), (128, 128), (128, 64)] + ([] if blocks else [(256, 128), (128, 192), (128, 96)])
     tiles = sorted((t for t in tiles if t[0] == 128 or m > 128), key=cost)[:4]
     leads = (1, 2) if blocks else (2, 0)
     return [
@@ -320,6 +320,7 @@ def _consume(
 def _hopper_dense_kernel(
     d_x, d_w0, d_w1, d_y, p_x_scale, p_w_scale, p_w_blocks, p_x_zero, p_w_sum, p_bias, M, N, K, x_stride, x_stride_k, w_stride,
     STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP_M: gl.constexpr, BLOCKS: gl.constexpr, LEAD: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = d_x.block_type.shape[0]
     BLOCK_K: gl.constexpr = d_x.block_type.shape[1]
@@ -338,6 +339,7 @@ def _hopper_dense_kernel(
         mbarrier.init(full.index(slot), count=1)  # the producer, and the bytes it announced
         mbarrier.init(empty.index(slot), count=2)  # both consumers
     mbarrier.init(turn, count=1)
+    after_previous(OVERLAP)
     ring = (s_x, s_w0, s_w1, full, empty)
     work = (gl.cdiv(M, BLOCK_M), gl.cdiv(N, PART0 + (PART1 if PARTS == 2 else 0)), gl.cdiv(K, BLOCK_K))
     inner = (p_x_scale, p_w_blocks, M, N, x_stride, x_stride_k)  # scales inside the sum, and behind it
@@ -410,6 +412,7 @@ def matmul(
     tiles = triton.cdiv(m, rows) * triton.cdiv(n, cols)
     _hopper_dense_kernel[(min(tiles, target.processors),)](
         *descriptors, *scales, x_zero, None if x_zero is None else w_sum, bias, m, n, k, *x_strides, int(w_scale.numel() > 1),
-        STAGES=stages, PARTS=len(parts), GROUP_M=config["group_m"], BLOCKS=blocks, LEAD=config["lead"], num_warps=4,
+        STAGES=stages, PARTS=len(parts), GROUP_M=config["group_m"], BLOCKS=blocks, LEAD=config["lead"],
+        num_warps=4, **overlapped(target),
     )  # fmt: skip
     return y

@@ -22,7 +22,7 @@ if not hopper_dense.available(target_of(torch.empty(1, device="cuda"), "x")):
 #: m, n, k: less than a tile; ragged in each, K shorter than the ring and not whole steps; several rounds of tiles, many
 #: times around the ring.
 SHAPES = [(1, 144, 272), (300, 1008, 1040), (130, 4112, 96), (1100, 11008, 640), (700, 4096, 4096)]
-TILES = [(128, 256), (256, 128), (128, 192), (128, 128), (128, 64)]
+TILES = [(128, 256), (256, 128), (128, 192), (128, 128), (128, 96), (128, 64)]
 
 
 def _config(rows: int, cols: int, lead: int) -> dict[str, int | str]:

@@ -273,12 +273,16 @@ def bench(
                 out, title=title, kind="measured", configuration=about, values=rows, notes="; ".join(notes) or None
             )
 
-    for row in measured:
-        if rows and row["format"] != rows[-1]["format"]:
-            write()  # a format takes minutes: what is done stays done
-        rows.append(row)
-        print(" ".join(str(row[key]) for key in ("format", "name", "batch", "context") if key in row), file=sys.stderr)
-    write()
+    try:
+        for row in measured:
+            if rows and row["format"] != rows[-1]["format"]:
+                write()
+            rows.append(row)
+            print(
+                " ".join(str(row[key]) for key in ("format", "name", "batch", "context") if key in row), file=sys.stderr
+            )
+    finally:
+        write()  # a format takes minutes: what is done stays done
     if json_:
         print(json.dumps({**about, "notes": notes, "rows": rows}))
     else:

@@ -55,7 +55,7 @@ def plan(
         raise UsageError(
             "--formats says how --shape is stored; a model is measured in the format it has, so leave it out"
         )
-    names = [word.strip() for word in (formats or ",".join((TRANSFORMERS, *FORMATS))).split(",") if word.strip()]
+    names = [word.strip() for word in (formats or ",".join((*FORMATS, TRANSFORMERS))).split(",") if word.strip()]
     check_formats(names)
     fast = device != "cpu"
     chosen = steps if steps is not None else (20 if fast else 3)

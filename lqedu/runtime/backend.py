@@ -162,7 +162,12 @@ def check_inputs_grid(weight: KernelWeight, grid: object) -> None:
 
 def kernel_function(family: str, fast: str, reference: str, like: Tensor) -> Callable[..., Any]:
     """One of a family's two functions by the device of a tensor: the kernel on a GPU, the reference elsewhere."""
-    return getattr(kernels(family), fast if like.is_cuda else reference)
+    return getattr(kernels(family), fast if runs_kernels(like) else reference)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether what is done to a tensor is done by kernels: on a GPU. The one place that says so."""
+    return x.is_cuda
 
 
 def kernels(family: str) -> ModuleType:

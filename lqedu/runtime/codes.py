@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lqedu.formats.activation import ActivationGrid
 from lqedu.formats.fp8 import Float8ActivationGrid
+from lqedu.runtime import backend
 from lqedu.runtime.backend import kernels
 from lqedu.runtime.inputs import InputPath
 
@@ -61,7 +62,7 @@ def encode_inputs(
         GridError: activations that are not finite, where PyTorch makes the codes: a kernel cannot ask without waiting, and
             makes NaN of what it finds.
     """
-    token = token_grid(grid) if x.is_cuda else None
+    token = token_grid(grid) if backend.runs_kernels(x) else None
     if token is not None:
         return Inputs(*kernels("quantize").quantize_tokens(x, token, sums=sums)[:4])
     scale, zero = static if grid.static and static is not None else grid.fit(x)
@@ -97,7 +98,7 @@ def transform_and_encode(
 
 
 def _has_kernel(x: Tensor, path: InputPath) -> bool:
-    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+    if not backend.runs_kernels(x) or x.dtype not in (torch.float16, torch.bfloat16):
         return False
     return path.stride > 1 or kernels("hadamard_tables").factors(path.hadamard)[1] >= 16
 

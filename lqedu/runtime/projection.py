@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lqedu.errors import GridError
 from lqedu.models.copying import copy_sharing_tensors
+from lqedu.runtime import backend
 from lqedu.runtime.backend import KernelWeight, kernel_function, kernel_product, kernels
 from lqedu.runtime.codes import Inputs, token_grid, transform_and_encode
 from lqedu.runtime.inputs import InputPath, input_path
@@ -114,7 +115,8 @@ class Projection:
     def _fused_grid(self, x: Tensor) -> object | None:
         """The grid of codes that a kernel makes behind the step before; ``None`` where that step ends in 16 bits."""
         path = self.parts[0].path
-        return token_grid(path.activation) if x.is_cuda and self._same and path.hadamard is None else None
+        fused = backend.runs_kernels(x) and self._same and path.hadamard is None
+        return token_grid(path.activation) if fused else None
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -107,11 +107,12 @@ def operations(m: int, k: int, length: int | None = None) -> int:
 
 def default_config(
     m: int, length: int, target: Target, *, stride: int = 1, quantized: bool = False
-) -> dict[str, int | None]:
+) -> dict[str, int | bool | None]:
     """Where nothing was measured: four warps for 64 rows; programs that keep their tables where those are large.
 
     Keys: ``pieces`` (see :func:`split`; None: as few as leave 64 rows), ``warps``, ``stages`` of loads in flight, ``resident``
-    programs a processor that share the tiles and keep their tables (0: one program a tile).
+    programs a processor that share the tiles and keep their tables (0: one program a tile), ``ahead``: rows of the next
+    tile are loaded to registers, where shared memory has no room for them.
     """
     s = split(length, stride)
     if s is None:
@@ -121,12 +122,15 @@ def default_config(
         pieces, s = 2, split(length, pieces=2)  # the products of Ampere and Ada hold both operands in registers
     if s.more == 0 and s.rows == 64:
         return dict(pieces=pieces, warps=4, stages=1, resident=6 if quantized and s.pieces == 1 else 0)
-    if s.elements > 16384:
-        return dict(pieces=pieces, warps=8, stages=2, resident=1)
-    return dict(pieces=pieces, warps=4 if s.more and target.capability >= (9, 0) else 8, stages=1, resident=2)
+    hopper = target.capability >= (9, 0)
+    if s.elements >= 16384 and hopper:
+        return dict(pieces=pieces, warps=8, stages=4 if s.elements == 16384 else 2, resident=1)
+    if s.more and hopper:
+        return dict(pieces=pieces, warps=4, stages=1, resident=2, ahead=True)
+    return dict(pieces=pieces, warps=8, stages=1, resident=2)
 
 
-def search_space(m: int, length: int, target: Target) -> list[dict[str, int | None]]:
+def search_space(m: int, length: int, target: Target) -> list[dict[str, int | bool | None]]:
     """Configurations worth timing, the likely best first; see :func:`default_config` for the keys."""
     space = [default_config(m, length, target), default_config(m, length, target, quantized=True)]
     for pieces in (1, 2, 4):
@@ -135,9 +139,10 @@ def search_space(m: int, length: int, target: Target) -> list[dict[str, int | No
             continue
         warps = 4 if s.rows == 64 or (s.more and s.pieces == 1) else 8
         most = max(1, 24576 // s.elements if warps == 4 else 32768 // s.elements)
-        for stages, resident in ((1, 0), (1, most), (2, most), (2, most - 1), (3, most - 1), (2, most // 2)):
+        for stages, resident in ((1, 0), (1, most), (2, most), (3, most - 1), (4, 1), (2, most // 2)):
             if resident > 0 or stages == 1:
                 space.append(dict(pieces=pieces, warps=warps, stages=stages, resident=resident))
+        space.append(dict(pieces=pieces, warps=warps, stages=1, resident=max(1, most - 1), ahead=True))
     return list({str(c): c for c in space}.values())
 
 
@@ -427,7 +432,7 @@ def _launch(
         RIGHT=stride == 1, UNIT=factor == 1 and grid is None, TOKEN=x.shape[1] // pitch, LARGEST=grid.largest if grid else 0,
         CLIPPED=grid is not None and grid.clip_ratio != 1, BLOCKS=blocks,
         RAGGED=rows % (s.left * s.vectors) != 0, AHEAD=c.get("ahead", False),
-        STAGES=c["stages"], num_warps=c["warps"], maxnreg=c.get("registers"),
+        STAGES=c["stages"], num_warps=c["warps"],
     )  # fmt: skip
 
 

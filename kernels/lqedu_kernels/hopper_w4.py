@@ -40,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqedu_kernels._numerics import round_half_even
-from lqedu_kernels._schedule import counters, grouped_tile
+from lqedu_kernels._schedule import after_previous, counters, grouped_tile
 from lqedu_kernels._tensors import HAS_GLUON, Target
 from lqedu_kernels.w4a16 import _weight_ptx
 
@@ -59,19 +59,30 @@ def available(target: Target, *tensors: Tensor) -> bool:
 
 def search_space(m: int, n: int, k: int, dtype: torch.dtype) -> list[dict]:
     """Launches worth timing for ``m`` tokens of this dtype, best guesses first."""
-    small, middle, big = (10, 8, 5) if dtype == torch.int8 else (8, 5, 3)  # stages that fill shared memory
-    shapes = [(256, 8, big), (128, 8, middle), (64, 8, small)]
+    # Outputs and tokens of a tile, warps, and stages that fill shared memory.
     if dtype == torch.int8:
-        shapes.insert(0, (128, 4, 4))  # 128 rows of 16-bit weights a warpgroup would be more registers than there are
+        shapes = [
+            (128, 128, 4, 4),
+            (64, 256, 4, 3),
+            (128, 256, 8, 5),
+            (64, 64, 4, 6),
+            (128, 128, 8, 8),
+            (128, 64, 8, 10),
+        ]
+    else:  # 128 rows of 16-bit weights a warpgroup would be more registers than there are
+        shapes = [(128, 256, 8, 3), (128, 128, 8, 5), (128, 64, 8, 8)]
     found = []
     for share in (False, True):
-        for block_m, warps, stages in shapes:
-            left = triton.cdiv(m, block_m) * triton.cdiv(n, 128) % 132
+        for block_n, block_m, warps, stages in shapes:
+            left = triton.cdiv(m, block_m) * triton.cdiv(n, block_n) % 132
             fits = (block_m == 64 or block_m < 2 * m) and (block_m > 64 or m <= 256)
             if fits and (not share or (warps == 8 and 0 < left <= 66)):
                 for group_m in (8, 16) if m > 8 * block_m and not share else (8,):
-                    tile = {"block_n": 128, "block_m": block_m, "warps": warps, "stages": stages}
-                    found.append(tile | {"group_m": group_m, "share": share})
+                    tile = {"block_n": block_n, "block_m": block_m, "warps": warps, "stages": stages}
+                    tile |= {"group_m": group_m, "share": share}
+                    found.append(tile)
+                    if dtype == torch.int8 and m <= 256 and warps == 4:
+                        found.append(tile | {"ahead": True})  # launched before the kernel in front of it has ended
     return found
 
 
@@ -354,7 +365,7 @@ def _consume(xs, ws, ss, zs, full, empty, y_desc, p_x_scale, p_scale, p_zero, p_
 @gluon.jit
 def _hopper_w4_kernel(x_desc, w_desc, s_desc, z_desc, y_desc, p_x_scale, p_scale, p_zero, p_x_sum, p_bias, p_partial,
                       p_counter, M, N, steps_k, splits, KIND: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-                      GROUP_M: gl.constexpr):  # fmt: skip
+                      GROUP_M: gl.constexpr, OVERLAP: gl.constexpr):  # fmt: skip
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
     ROWS: gl.constexpr = BLOCK_K // GROUP if GROUP else 1  # of scales a block
@@ -375,6 +386,7 @@ def _hopper_w4_kernel(x_desc, w_desc, s_desc, z_desc, y_desc, p_x_scale, p_scale
         mbarrier.init(empty.index(stage), count=1)
     tiles_m = gl.cdiv(M, BM)
     tiles_n = gl.cdiv(N, BN)
+    after_previous(OVERLAP)
     gl.warp_specialize(
         [
             (_consume, (xs, ws, ss, zs, full, empty, y_desc, p_x_scale, p_scale, p_zero, p_x_sum, p_bias, p_partial, p_counter,
@@ -409,6 +421,7 @@ def _launch(x, words, s, z, y, x_scale, scale, zero, x_sum, bias, *, kind, group
     twice = config["warps"] == 4  # two blocks of threads on a multiprocessor
     slots = 2 * processors if twice else processors
     programs = min(slots, tiles)
+    ahead = config.get("ahead", False)
     partial = counter = None
     splits = 1
     if config["share"] and tiles % slots:
@@ -424,8 +437,8 @@ def _launch(x, words, s, z, y, x_scale, scale, zero, x_sum, bias, *, kind, group
         None if z is None else _descriptor(z, [1, bn]),
         _descriptor(y, [bm // 2 if x.dtype == torch.int8 else bm, bn]),
         x_scale, scale, zero, x_sum, bias, partial, counter,
-        m, n, steps_k, splits, kind, group, config["stages"], config["group_m"],
-        num_warps=config["warps"], maxnreg=128 if twice else None,
+        m, n, steps_k, splits, kind, group, config["stages"], config["group_m"], ahead,
+        num_warps=config["warps"], maxnreg=128 if twice else None, launch_pdl=ahead,
     )  # fmt: skip
     return y
 

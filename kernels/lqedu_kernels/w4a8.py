@@ -438,7 +438,6 @@ def _to_words(b_group):
 def _one_kernel(
     p_x, p_x_scale, p_codes, p_scale, p_groups, p_zero, p_x_sum, p_bias, p_y, M, N, blocks, stride_g,
     FORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    EVICT: tl.constexpr = "",
 ):  # fmt: skip
     """BN outputs of one token, without tensor cores: 32-bit words of four x and of eight weights; B blocks of inputs at a time."""
     # 1 Place.
@@ -454,7 +453,7 @@ def _one_kernel(
     for block in range(0, blocks, B):
         # 2 Load 64 bytes of each row and 128 inputs, B times.
         m_w = (o_w < (blocks - block) * 16)[None, :]
-        b_w = tl.load(p_w, mask=None if EVEN else m_w, eviction_policy=EVICT)  # [BN, 16 B]
+        b_w = tl.load(p_w, mask=None if EVEN else m_w, eviction_policy="evict_first")  # [BN, 16 B]
         b_low = tl.load(p_t) if EVEN else tl.load(p_t, mask=m_w, other=0)  # [1, 16 B]
         b_high = tl.load(p_t + 16) if EVEN else tl.load(p_t + 16, mask=m_w, other=0)
         b_g, b_h = b_w, b_w  # not looked at per channel
@@ -591,11 +590,14 @@ def w4a8_matmul(
     if launch["kernel"] == "hopper":
         tensors = [x, codes, y] if groups is None else [x, codes, y, groups]
         # The forms that were compared with the reference on a GPU; the others compile, see bench/notes/hopper_w4.md.
-        compared = bias is None and dtype == torch.float16 and (zero is None or launch["warps"] == 8)
+        compared = bias is None and dtype == torch.float16
         if HAS_GLUON and compared:
             from lqedu_kernels import hopper_w4
 
-            if hopper_w4.available(target, *tensors):
+            if zero is not None and launch["warps"] != 8:
+                compared = config is None
+                launch = next(c for c in hopper_w4.search_space(m, n, k, torch.int8) if c["warps"] == 8)
+            if compared and hopper_w4.available(target, *tensors):
                 return hopper_w4.w4a8(
                     x, x_scale, codes, scale, groups, zero, x_sum, bias, y,
                     group_size=group_size, config=launch, processors=target.processors,

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from lqedu_kernels.tuning import _table
-from lqedu_kernels.w4a8 import few, tile, w4a8_matmul
+from lqedu_kernels.w4a8 import few, one, tile, w4a8_matmul
 from tests.kernels_compiled.compiler import SHARED, Compiled, compiling_for
 
 FORMS = [("channel", 128), ("integer", 128), ("integer", 64), ("ratio", 128)]
@@ -60,6 +60,15 @@ def test_few_tokens_multiply_by_a_warp_each(m: int, form: str) -> None:
     assert all(name.startswith("m16n8k32") for name in kernel.mma) and kernel.mma
 
 
+@pytest.mark.parametrize("form", ["channel", "integer", "ratio"])
+def test_one_token_goes_around_shared_memory(form: str) -> None:
+    """Weights go from memory to registers 16 bytes at a time; only sums of warps and words of groups are handed over."""
+    kernel = compiled((9, 0), 1, form, config=one(4, 32, warps=4, ahead=True))
+    assert not kernel.wgmma and not kernel.mma and kernel.ptx.count("dp4a") == 2 * 4 * 4
+    assert kernel.shared <= 512
+    assert len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", kernel.ptx)) >= 4 + 2  # four rows, and x twice
+
+
 def test_group_words_are_copied_ahead() -> None:
     """Of a 16-bit word Triton makes a load that the loop waits for; two of them together go by ``cp.async``."""
     plain = compiled((9, 0), 64, "channel", config=tile(64, 64, 1, warps=4, stages=4))
@@ -72,7 +81,7 @@ def test_group_words_are_copied_ahead() -> None:
 @pytest.mark.parametrize("m", [1, 1024])
 def test_default_on_older_gpus(capability: tuple[int, int], m: int) -> None:
     kernel = compiled(capability, m)
-    assert kernel.mma and "griddepcontrol" not in kernel.ptx
+    assert (kernel.mma or ("dp4a" in kernel.ptx and m == 1)) and "griddepcontrol" not in kernel.ptx
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 256, 4096])

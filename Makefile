@@ -80,7 +80,7 @@ kernels: $(VENV)/stamp-all $(VENV)/triton36/stamp
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels kernels/lqedu_kernels -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels_compiled -n 2
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest -n 2 \
-	  tests/kernels_compiled/test_hopper_dense.py tests/kernels_compiled/test_hopper_w4.py tests/kernels_compiled/test_w8a8.py
+	  tests/kernels_compiled/test_hopper_dense.py tests/kernels_compiled/test_hopper_few.py tests/kernels_compiled/test_hopper_w4.py tests/kernels_compiled/test_w8a8.py
 
 $(VENV)/triton36/stamp: $(VENV)/stamp-all
 	@echo "==> Triton 3.6, the compiler of the Gluon kernels, beside the newer one"

@@ -15,7 +15,7 @@ its packing, launch configurations, the kernel, the function to call, which refu
     tuning         launch configurations measured on an H100, shipped as data
     bench          python -m lqedu_kernels.bench: times beside peers; its notes say what bounds each kernel
 
-``hopper_w4`` and ``hopper_dense`` are twins in Gluon for Hopper and Triton 3.6, chosen by the functions above.
+``hopper_few``, ``hopper_w4`` and ``hopper_dense`` are twins in Gluon for Hopper and Triton 3.6, chosen by the functions above.
 
 In kernels ``p_`` is a pointer (``d_`` a TMA descriptor), ``b_`` a block of values, ``o_`` offsets, ``m_`` a mask; a comment
 gives a block's shape where it is loaded.

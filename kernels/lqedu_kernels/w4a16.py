@@ -2,7 +2,7 @@
 
     y[m, n] = sum_k x[m, k] s[g, n] (q[n, k] - z[g, n])  +  b[n],      g the group of input k
 
-Layout (``hopper_w4.py`` reads the same tensors):
+Layout (``hopper_few.py`` and ``hopper_w4.py`` read the same tensors):
 
 - ``words`` int16 ``[n, ceil(k / 128) * 32]``. Word j of a block of 128 inputs holds four codes, 0 to 15::
 

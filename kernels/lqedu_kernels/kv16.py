@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, to_dtype
+from lqedu_kernels._schedule import after_previous, overlapped
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.kv_pages import PAGE, check_table
 
@@ -81,9 +82,11 @@ def default_config(programs: int, pages: int, target: Target) -> dict[str, int]:
 
 @triton.jit
 def _append_kernel(
-    p_key, p_value, p_keys, p_values, p_table, p_lengths, heads, new, table_width, D: tl.constexpr, D2: tl.constexpr
-):
+    p_key, p_value, p_keys, p_values, p_table, p_lengths, heads, new, table_width,
+    D: tl.constexpr, D2: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One token of one head a program."""
+    after_previous(OVERLAP)
     sequence = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     token = tl.load(p_lengths + sequence) - new + tl.program_id(1)
@@ -110,8 +113,10 @@ def _dot(a, b, c):
 def _split_kernel(
     p_query, p_keys, p_values, p_table, p_lengths, p_y, p_partial, p_state, scaling, heads, table_width, pages_per_split,
     ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One split of one head of one sequence, for the ROWS queries that share the head."""
+    after_previous(OVERLAP)
     # 1. Place: [R, D] of queries.
     dtype: tl.constexpr = p_keys.dtype.element_ty
     place = tl.program_id(0)  # sequence * heads + head
@@ -160,9 +165,10 @@ def _split_kernel(
 @triton.jit(do_not_specialize=["heads", "splits", "pages_per_split"])
 def _sum_kernel(
     p_y, p_partial, p_state, p_lengths, heads, splits, pages_per_split,
-    ROWS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add the shares of all splits of one query, SPLITS at a time, in order."""
+    after_previous(OVERLAP)
     place = tl.program_id(0) // ROWS
     used = tl.cdiv(tl.cdiv(tl.load(p_lengths + place // heads), 64), pages_per_split)
     o_s, o_d = tl.arange(0, SPLITS), tl.arange(0, D2)
@@ -205,10 +211,11 @@ def kv16_append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, table:
     check_tensor("value", value, dtype=key.dtype, shape=tuple(key.shape), device=key.device)
     _check_pages(keys, values, kv_heads, size, key)
     check_table(table, lengths, batch, key.device)
-    target_of(key, "key")
+    target = target_of(key, "key")
     if key.numel():
         _append_kernel[(batch * kv_heads, new)](
-            key, value, keys, values, table, lengths, kv_heads, new, table.shape[1], D=size, D2=triton.next_power_of_2(size), num_warps=1
+            key, value, keys, values, table, lengths, kv_heads, new, table.shape[1],
+            D=size, D2=triton.next_power_of_2(size), num_warps=1, **overlapped(target),
         )  # fmt: skip
 
 
@@ -257,7 +264,7 @@ def kv16_attention(
     whole = splits == 1
     partial = y if whole else torch.empty(batch * kv_heads, splits, rows, size, **empty)
     state = y if whole else torch.empty(batch * kv_heads, splits, rows, 2, **empty)
-    sizes = {"ROWS": rows, "D": size, "D2": max(16, triton.next_power_of_2(size))}
+    sizes = {"ROWS": rows, "D": size, "D2": max(16, triton.next_power_of_2(size)), **overlapped(target)}
     _split_kernel[(batch * kv_heads, splits)](
         query, keys, values, table, lengths, y, partial, state, size**-0.5 if scaling is None else scaling,
         kv_heads, pages, c["pages_per_split"], R=max(16, triton.next_power_of_2(rows)), WHOLE=whole, STAGES=c["num_stages"],

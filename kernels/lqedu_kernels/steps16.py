@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lqedu_kernels._numerics import to_dtype
+from lqedu_kernels._schedule import after_previous, overlapped
 from lqedu_kernels._tensors import check_tensor, target_of
 from lqedu_kernels.quantize import reciprocal, rmsnorm_reference, silu_reference
 
@@ -54,14 +55,15 @@ def rope_reference(
 
 
 @triton.jit
-def _rmsnorm_kernel(p_x, p_residual, p_weight, p_y, p_hidden, K, eps, BLOCK: tl.constexpr):
-    """One row a program."""
+def _rmsnorm_kernel(p_x, p_residual, p_weight, p_y, p_hidden, K, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """One row a program; the weight, which no launch before writes, is asked for before these have ended."""
     dtype: tl.constexpr = p_y.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * K
     o_k = tl.arange(0, BLOCK)
     m_k = o_k < K
-    b_x = tl.load(p_x + row + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_weight = tl.load(p_weight + o_k, mask=m_k, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    after_previous(OVERLAP)
+    b_x = tl.load(p_x + row + o_k, mask=m_k, other=0.0).to(tl.float32)
     if p_residual is not None:
         b_hidden = to_dtype(b_x + tl.load(p_residual + row + o_k, mask=m_k, other=0.0).to(tl.float32), dtype)
         tl.store(p_hidden + row + o_k, b_hidden, mask=m_k)
@@ -72,7 +74,8 @@ def _rmsnorm_kernel(p_x, p_residual, p_weight, p_y, p_hidden, K, eps, BLOCK: tl.
 
 
 @triton.jit
-def _silu_kernel(p_gate, p_up, p_y, K, gate_stride, up_stride, BLOCK: tl.constexpr):
+def _silu_kernel(p_gate, p_up, p_y, K, gate_stride, up_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    after_previous(OVERLAP)
     dtype: tl.constexpr = p_y.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -86,9 +89,10 @@ def _silu_kernel(p_gate, p_up, p_y, K, gate_stride, up_stride, BLOCK: tl.constex
 @triton.jit
 def _rope_kernel(
     p_x, p_cos, p_sin, p_positions, p_q_norm, p_k_norm, p_q, p_k, p_v, eps,
-    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF2: tl.constexpr,
+    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF2: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of one token a program, as its two halves."""
+    after_previous(OVERLAP)
     dtype: tl.constexpr = p_q.dtype.element_ty
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
@@ -144,8 +148,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
         TypeError, ValueError: an argument of another dtype, shape, device or layout than this; see the message.
     """
     check_tensor("x", x, dtype=_FLOATS, shape=(None, None), device=getattr(x, "device", None))
-    target_of(x, "x")
-    m, k = x.shape
+    target, (m, k) = target_of(x, "x"), x.shape
     if not 0 < k <= LONGEST:
         raise ValueError(f"x must have rows of 1 to {LONGEST} elements, got {k}")
     check_tensor("weight", weight, dtype=x.dtype, shape=(k,), device=x.device)
@@ -155,7 +158,9 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     if m:
         block = triton.next_power_of_2(k)
         warps = max(1, min(16, block // 512))
-        _rmsnorm_kernel[(m,)](x, residual, weight, y, hidden, k, eps, BLOCK=block, num_warps=warps)
+        _rmsnorm_kernel[(m,)](
+            x, residual, weight, y, hidden, k, eps, BLOCK=block, num_warps=warps, **overlapped(target)
+        )
     return y, hidden
 
 
@@ -179,14 +184,16 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     ):
         got = [getattr(t, "dtype", type(t).__name__) for t in (gate, up)]
         raise TypeError(f"gate and up must be float16 or bfloat16 tensors of one dtype, got {got[0]} and {got[1]}")
-    target_of(gate, "gate")
+    target = target_of(gate, "gate")
     if gate.ndim != 2 or gate.shape != up.shape or gate.device != up.device or gate.stride(1) != 1 or up.stride(1) != 1:
         raise ValueError(
             f"gate and up must be [M, K] on one device with rows of consecutive elements, got {list(gate.shape)} and {list(up.shape)}"
         )
     (m, k), y = gate.shape, gate.new_empty(gate.shape)
     if y.numel():
-        _silu_kernel[(m, triton.cdiv(k, 1024))](gate, up, y, k, gate.stride(0), up.stride(0), BLOCK=1024, num_warps=4)
+        _silu_kernel[(m, triton.cdiv(k, 1024))](
+            gate, up, y, k, gate.stride(0), up.stride(0), BLOCK=1024, num_warps=4, **overlapped(target)
+        )  # fmt: skip
     return y
 
 
@@ -220,7 +227,7 @@ def rope(
     check_tensor("cos", cos, dtype=torch.float32, shape=(None, None), device=getattr(qkv, "device", None))
     size = cos.shape[1]
     check_tensor("qkv", qkv, dtype=_FLOATS, shape=(None, (heads + 2 * kv_heads) * size), device=cos.device)
-    target_of(qkv, "qkv")
+    target = target_of(qkv, "qkv")
     check_tensor("sin", sin, dtype=torch.float32, shape=tuple(cos.shape), device=cos.device)
     check_tensor("positions", positions, dtype=torch.int32, shape=(len(qkv),), device=cos.device)
     if size % 2:
@@ -232,6 +239,6 @@ def rope(
     if m:
         _rope_kernel[(m, heads + 2 * kv_heads)](
             qkv, cos, sin, positions, *(norms or (None, None)), q, k, v, eps,
-            HEADS=heads, KV=kv_heads, D=size, HALF2=triton.next_power_of_2(size // 2), num_warps=1,
+            HEADS=heads, KV=kv_heads, D=size, HALF2=triton.next_power_of_2(size // 2), num_warps=1, **overlapped(target),
         )  # fmt: skip
     return q, k, v

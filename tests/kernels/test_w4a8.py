@@ -159,7 +159,7 @@ def read_weight(codes: Tensor, groups: Tensor | None, launch: dict, device: torc
 
 
 @pytest.mark.parametrize(
-    ("launch", "every"), [(LAUNCHES[1], 8), (LAUNCHES[3], 1), (one(128, 1, warps=4), 8)], ids=["few", "tile", "one"]
+    ("launch", "every"), [(LAUNCHES[1], 8), (LAUNCHES[3], 1), (one(512, 1, warps=8), 8)], ids=["few", "tile", "one"]
 )
 def test_every_integer_group_decodes(launch: dict, every: int, device: torch.device) -> None:
     """Each scale with each offset it can have, and each code that stays inside int8: q s - b without a carry."""
@@ -176,7 +176,7 @@ def test_every_integer_group_decodes(launch: dict, every: int, device: torch.dev
     )
 
 
-@pytest.mark.parametrize("launch", [LAUNCHES[1], LAUNCHES[3], one(128, 1, warps=4)], ids=["few", "tile", "one"])
+@pytest.mark.parametrize("launch", [LAUNCHES[1], LAUNCHES[3], one(512, 1, warps=8)], ids=["few", "tile", "one"])
 def test_ratios_round_half_to_even(launch: dict, device: torch.device) -> None:
     special = [0.0, 0.5, 1.5, 2.5, 0.25, 0.75, 15.875, 15.9, 2.0**-11, 2.0**-24, 0.0625, 1 / 3, 14.5]
     ratio = torch.tensor(special + torch.linspace(0, 15.8, 200).tolist()).half()

@@ -17,6 +17,7 @@ _HOME = {  # public name -> module that defines it
     "load_corpus": "lqedu.calibration",
     "token_windows": "lqedu.calibration",
     "quantize": "lqedu.methods.pipeline",
+    "quantize_folder": "lqedu.methods.streaming",
     "perplexity": "lqedu.evaluation",
     "generate": "lqedu.runtime.generation",
     "save": "lqedu.checkpoint",

@@ -37,6 +37,11 @@ GroupOpt = Annotated[
 ]
 TokensOpt = Annotated[int, typer.Option(help="Evaluation tokens.", min=2)]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+StreamOpt = Annotated[
+    bool, typer.Option("--stream", help="Hold one decoder block in memory at a time, for models larger than memory.")
+]
+DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; started by torchrun, each process takes a GPU.")]
+DtypeOpt = Annotated[str, typer.Option(help="Of the weights in memory: float32, bfloat16 or float16.")]
 
 
 @app.command()
@@ -51,14 +56,17 @@ def quantize(
     windows: WindowsOpt = 32,
     length: LengthOpt = 512,
     seed: SeedOpt = 0,
+    stream: StreamOpt = False,
+    device: DeviceOpt = "cpu",
+    dtype: DtypeOpt = "float32",
     json_: JsonOpt = False,
 ) -> None:
-    """Quantize a model and save it. Killed and started again, it goes on where it stopped."""
-    from lqedu.calibration import load_corpus, token_windows
-    from lqedu.checkpoint import folder_bytes, save
+    """Quantize a model and save it. Killed and started again, it goes on where it stopped.
+
+    Started by torchrun, the processes share the calibration windows.
+    """
+    from lqedu.calibration.distributed import torchrun
     from lqedu.methods.base import get
-    from lqedu.methods.pipeline import quantize as run
-    from lqedu.models import load_model
 
     if out.exists():
         raise UsageError(f"{out} exists already; choose another --out or remove it")
@@ -68,36 +76,23 @@ def quantize(
     if group_size != "auto" and "group_size" not in has:
         raise UsageError(f"method {method!r} has no groups, so --group-size says nothing; leave it out")
     options = _parse_set(set_ or [])
-    text = load_corpus(calibration, split="calibration") if get(method).needs_calibration else None
-    dense, tokenizer = load_model(model)
-    chosen = _build(method, dense, bits, group_size, options)
-    if text is None and chosen.uses_calibration:  # known only now: static scales are an option
-        text = load_corpus(calibration, split="calibration")
-    tokens = None if text is None else token_windows(tokenizer, text, length=length, count=windows, seed=seed)
-    unfinished = out.with_name(out.name + ".unfinished")
-    quantized = run(dense, chosen, tokens, progress=True, resume_dir=unfinished)
-    _print_notes(quantized)
-    save(quantized, out, tokenizer)
-    shutil.rmtree(unfinished)
+    with torchrun(device) as (own, device):
+        _quantize(
+            model, method, out, bits, group_size, options, calibration, windows, length, seed, stream, device, dtype
+        )
+        if own.rank > 0:
+            return
 
-    parts = folder_bytes(out)
-    packed = parts["codes"] + parts["scales"] + parts["zeros"] + parts["transforms"]
-    summary = {
-        "model": model,
-        "method": quantized.lqedu_method,
-        "out": str(out),
-        "bytes": parts,
-        "fraction_of_fp16": packed / parts["linears_fp16"],
-        "bits_per_weight": 16 * packed / parts["linears_fp16"],
-        "raised_damping": [n for n, r in quantized.lqedu_reports.items() if r.attempts > 1],
-        "dead_columns": sum(r.dead_columns for r in quantized.lqedu_reports.values()),
-        "notes": quantized.lqedu_notes,
-    }
+    summary = _summary(model, out)
+    for note in summary["notes"]:
+        print(f"note: {method}: {note}", file=sys.stderr)
     if json_:
         print(json.dumps(summary))
         return
+    parts = summary["bytes"]
     rows = [[part.replace("_", " "), f"{size / 1e6:,.2f} MB"] for part, size in parts.items() if part != "linears_fp16"]
-    _print_table(f"{out}: {chosen.title}, {summary['bits_per_weight']:.3f} bits per weight", ["part", "size"], rows)
+    title = get(method).title
+    _print_table(f"{out}: {title}, {summary['bits_per_weight']:.3f} bits per weight", ["part", "size"], rows)
     print(f"quantized linears take {summary['fraction_of_fp16']:.3f} of their FP16 size")
     for name in summary["raised_damping"]:
         print(f"note: {name} needed more damping than asked for")
@@ -363,6 +358,73 @@ def main() -> None:
 def _fail(message: str) -> int:
     print(f"lqedu: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _quantize(
+    model: str, method: str, out: Path, bits: int | None, group_size: str, options: dict[str, Any],
+    calibration: str, windows: int, length: int, seed: int, stream: bool, device: Any, dtype: str,
+) -> None:  # fmt: skip
+    """Load, quantize and save as :func:`quantize` was asked to; of several processes the first one saves."""
+    from lqedu.calibration import load_corpus, token_windows
+    from lqedu.calibration.distributed import processes
+    from lqedu.checkpoint import save
+    from lqedu.methods.base import get
+    from lqedu.methods.pipeline import quantize as run
+    from lqedu.methods.streaming import check_streamable, quantize_folder
+    from lqedu.models import load_model
+    from lqedu.models.streamed import StreamedModel
+
+    kind = _dtype(dtype)
+    if stream:
+        check_streamable(get(method))
+    text = load_corpus(calibration, split="calibration") if get(method).needs_calibration else None
+    if stream:
+        dense = StreamedModel(model, dtype=kind, device=device)
+        network, tokenizer = dense.model, dense.tokenizer
+    else:
+        network, tokenizer = load_model(model, dtype=kind, device=device)
+    chosen = _build(method, network, bits, group_size, options)
+    if text is None and chosen.uses_calibration:  # known only now: static scales are an option
+        text = load_corpus(calibration, split="calibration")
+    tokens = None if text is None else token_windows(tokenizer, text, length=length, count=windows, seed=seed)
+    first = processes().rank == 0
+    if stream:
+        quantize_folder(dense, chosen, tokens, out, progress=first)
+        return
+    unfinished = out.with_name(out.name + ".unfinished")
+    quantized = run(network, chosen, tokens, progress=first, resume_dir=unfinished)
+    if first:
+        save(quantized, out, tokenizer)
+        shutil.rmtree(unfinished)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype is float32, bfloat16 or float16, got {name!r}")
+    return getattr(torch, name)
+
+
+def _summary(model: str, out: Path) -> dict[str, Any]:
+    """What the folder of a quantized model says of itself."""
+    from lqedu.checkpoint import folder_bytes
+    from lqedu.checkpoint.folder import read_record
+
+    parts, record = folder_bytes(out), read_record(out)
+    packed = parts["codes"] + parts["scales"] + parts["zeros"] + parts["transforms"]
+    reports = {name: layer["report"] for name, layer in record["layers"].items()}
+    return {
+        "model": model,
+        "method": record["method"],
+        "out": str(out),
+        "bytes": parts,
+        "fraction_of_fp16": packed / parts["linears_fp16"],
+        "bits_per_weight": 16 * packed / parts["linears_fp16"],
+        "raised_damping": [name for name, report in reports.items() if report["attempts"] > 1],
+        "dead_columns": sum(report["dead_columns"] for report in reports.values()),
+        "notes": record["notes"],
+    }
 
 
 def _build(name: str, model: Any, bits: int | None, group_size: str, options: dict[str, Any]) -> Any:

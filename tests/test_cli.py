@@ -83,6 +83,33 @@ def test_quantize_eval_round_trip(
     assert json.loads(run(*one_window, capsys=capsys)[1])["stderr"] is None
 
 
+def test_streaming_says_and_writes_the_same(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for name, stream in (("a", []), ("b", ["--stream"])):
+        arguments = quantize_arguments(
+            tiny_folder, text_file, tmp_path / name, "--dtype", "bfloat16", "--json", *stream
+        )
+        status, stdout, stderr = run(*arguments, capsys=capsys)
+        assert status == 0, stderr
+        said.append(json.loads(stdout) | {"out": ""})
+        said[-1]["bytes"].pop("files")
+    assert said[0] == said[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    model, _ = lqedu.load_model(tmp_path / "b", dtype=torch.bfloat16)
+    want = lqedu.load_model(tmp_path / "a", dtype=torch.bfloat16)[0].state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
+    for options, sentence in (
+        (["--method", "spinquant", "--stream"], "SpinQuant trains with gradients through the whole model"),
+        (["--method", "rtn", "--dtype", "int8"], "--dtype is float32, bfloat16 or float16, got 'int8'"),
+        (["--method", "rtn", "--device", "nonsense", "--stream"], "unknown device 'nonsense'"),
+    ):
+        status, _, stderr = run("quantize", tiny_folder, *options, "--out", tmp_path / "c", capsys=capsys)
+        assert status == 2 and sentence in stderr and len(stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
 def test_compare_and_methods(tiny_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--calibration", text_file, "--corpus", text_file, "--windows", 4, "--length", 32, "--tokens", 256]
     status, stdout, _ = run("compare", tiny_folder, "--methods", "rtn,gptq", *options, "--json", capsys=capsys)

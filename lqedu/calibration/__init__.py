@@ -2,5 +2,6 @@
 
 from lqedu.calibration.capture import block_inputs, run_block
 from lqedu.calibration.corpus import load_corpus, token_windows
+from lqedu.calibration.distributed import data_parallel
 
-__all__ = ["block_inputs", "load_corpus", "run_block", "token_windows"]
+__all__ = ["block_inputs", "data_parallel", "load_corpus", "run_block", "token_windows"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lqedu.calibration.distributed import all_sum, first_of_all
 from lqedu.errors import CalibrationError, UnsupportedModelError
 from lqedu.models.anatomy import block_list
 from lqedu.models.modes import inference
@@ -86,20 +87,22 @@ def run_block(
 def first_windows(hidden: Tensor, kwargs: Mapping[str, Any], tokens: int) -> tuple[Tensor, dict[str, Any]]:
     """A block's inputs cut to whole windows of at least ``tokens`` tokens, or all where there are fewer.
 
+    Where processes share the windows, each gets the first ones of all.
+
     Args:
         hidden, kwargs: from :func:`block_inputs`. Of the arguments, what has an entry for each window is cut.
         tokens: at least 1.
     """
     windows = len(hidden)
-    count = min(windows, -(-tokens // hidden.shape[1]))
+    count = min(int(all_sum(torch.tensor(windows))), -(-tokens // hidden.shape[1]))
 
     def cut(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(cut(part) for part in value)
         per_window = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == windows
-        return value[:count] if per_window else value
+        return first_of_all(value, count) if per_window else value
 
-    return hidden[:count], {name: cut(value) for name, value in kwargs.items()}
+    return first_of_all(hidden, count), {name: cut(value) for name, value in kwargs.items()}
 
 
 def _calling(function: Visitor) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:

@@ -7,6 +7,8 @@ the diagonal, so the factor changes no code.)
 Derived in chapter ``04-gptq``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,15 +46,18 @@ class HessianAccumulator:
         self._sum = gram if self._sum is None else self._sum + gram
         self.tokens += x.shape[0]
 
-    def result(self) -> Tensor:
+    def result(self, total: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
         """``h``, ``[features, features]``.
+
+        Args:
+            total: makes a sum of this process one of all, as :func:`lqedu.calibration.distributed.all_sum`.
 
         Raises:
             CalibrationError: no token was added.
         """
         if self._sum is None or self.tokens == 0:
             raise CalibrationError("a Hessian needs at least one calibration token")
-        return self._sum / self.tokens
+        return total(self._sum) / int(total(torch.tensor(self.tokens)))
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lqedu.calibration.capture import first_windows, run_block
+from lqedu.calibration.distributed import all_sum
 from lqedu.errors import CalibrationError, GridError, UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.linalg import HessianAccumulator
@@ -267,7 +268,7 @@ class _Inputs:
         self.hessian.add(x)
 
     def magnitude(self) -> Tensor:
-        return self._sum / self._tokens
+        return all_sum(self._sum) / int(all_sum(torch.tensor(self._tokens)))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lqedu.calibration.capture import block_inputs, check_windows, run_block
+from lqedu.calibration.distributed import (
+    all_extremes,
+    all_sum,
+    check_agreement,
+    from_first,
+    my_windows,
+    processes,
+)
 from lqedu.checkpoint.unfinished import Block, Layer, UnfinishedRun, run_identity
 from lqedu.errors import CalibrationError, GridError, LqeduError, NotPositiveDefiniteError, UsageError
 from lqedu.formats.integer import check_weight
@@ -65,11 +73,11 @@ def quantize(
     unfinished = None
     if resume_dir is not None:
         device = model.get_input_embeddings().weight.device
-        unfinished = UnfinishedRun(resume_dir, run_identity(weights_sha256(model), method, calibration, device))
+        unfinished = open_run(resume_dir, weights_sha256(model), method, calibration, device)
     learned = learn_once(unfinished, lambda: method.learn(model, calibration, progress=progress))
     result = method.prepare_model(copy_sharing_tensors(model), learned)
     describe_result(result, method, learned, notes=method.notes(model))
-    inputs = block_inputs(result, calibration) if method.uses_calibration else (None, {})
+    inputs = block_inputs(result, my_windows(calibration)) if method.uses_calibration else (None, {})
     for _, layers in quantize_blocks(result, block_list(result), method, inputs, unfinished, progress=progress):
         result.lqedu_reports |= {name: layer.report for name, layer in layers.items()}
     set_attention(result, method)
@@ -100,7 +108,7 @@ def quantize_blocks(
     """
     anatomy, count = describe(model), len(block_list(model))
     stages = _quantized_stages(anatomy.stages, method)
-    finished = unfinished.finished(count) if unfinished else set()
+    finished = from_first(unfinished.finished(count)) if unfinished else set()
     hidden, kwargs = inputs
     total = sum(len(stage.linears) for stage in stages) * count
     with tqdm(total=total, desc=method.title, unit="layer", disable=not progress) as bar:
@@ -110,6 +118,7 @@ def quantize_blocks(
             if index not in finished:
                 done, output = _quantize_block(block, stages, method, hidden, kwargs, prefix, bar.update)
                 _install(block, done)
+                check_agreement(_digest(block), prefix.rstrip("."))
                 if unfinished:
                     unfinished.write(index, prefix, done, block.state_dict())
             else:
@@ -123,6 +132,17 @@ def quantize_blocks(
             del output, dense_output
             yield block, {prefix + name: layer for name, layer in done.layers.items()}
             del done  # before the next block is asked for, which may have to be read into memory
+
+
+def open_run(
+    folder: Path | str, weights: str, method: Method, calibration: Tensor | None, device: torch.device
+) -> UnfinishedRun:
+    """The folder of an unfinished run; of several processes the first one makes it before the others look."""
+    own = processes()
+    identity = run_identity(weights, method, calibration, device, own.count)
+    run = UnfinishedRun(folder, identity) if own.rank == 0 else None
+    from_first(None)
+    return run or UnfinishedRun(folder, identity, writes=False)
 
 
 def learn_once(unfinished: UnfinishedRun | None, learn: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -180,6 +200,12 @@ def check_shapes(model: nn.Module, method: Method, calibration: Tensor | None) -
         raise UsageError("the model is already quantized; start from the dense one")
     if method.uses_calibration:
         _check_windows(model, calibration, method)
+        my_windows(calibration)
+    if processes().count > 1 and not method.learns_from_blocks:
+        raise UsageError(
+            f"{method.title} trains with gradients through the whole model, which this package does in one process; start it "
+            "without torchrun"
+        )
     for name, linear in linears(model).items():
         with _context(name, linear.weight, method):
             method.check_shape(tuple(linear.weight.shape))
@@ -256,7 +282,7 @@ def _quantize_block(
         z = input_path(block.get_submodule(stage.linears[0])).transform(x)
         return _Seen(
             hessian=_hessian(z) if method.needs_hessian else None,
-            static=activation.fit(z) if static else None,
+            static=activation.fit(all_extremes(z)) if static else None,
         )
 
     changed = {} if hidden is None else method.prepare_block(block, stages, hidden, kwargs)
@@ -296,10 +322,15 @@ class _Seen:
     static: tuple[Tensor, Tensor | None] | None = None
 
 
+def _digest(block: nn.Module) -> bytes:
+    """Of a quantized block's tensors, where another process holds the same block."""
+    return bytes.fromhex(weights_sha256(block)) if processes().count > 1 else b""
+
+
 def _hessian(x: Tensor) -> Tensor:
     accumulator = HessianAccumulator(x.shape[-1])
     accumulator.add(x)
-    return accumulator.result()
+    return accumulator.result(all_sum)
 
 
 def _with_retries(method: Method, weight: Tensor, hessian: Tensor | None) -> tuple[Any, RoundingReport]:

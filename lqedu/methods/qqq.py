@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lqedu.calibration.capture import run_block
+from lqedu.calibration.distributed import all_max, all_sum, tokens_of_all
 from lqedu.errors import UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.formats.requantized import RequantizedGrid, RequantizedTensor, requantize
@@ -127,7 +128,7 @@ class QQQ(QuantizedActivations):
 
         def visitor(stage: Stage):
             def visit(x: Tensor) -> None:
-                found[stage] = self._search(block, stage, x.reshape(-1, x.shape[-1]))
+                found[stage] = self._search(block, stage, x.reshape(*hidden.shape[:2], x.shape[-1]))
 
             return visit
 
@@ -148,10 +149,12 @@ class QQQ(QuantizedActivations):
         return stored, replace(report, proxy_loss=proxy_loss(error, hessian))
 
     def _search(self, block: nn.Module, stage: Stage, x: Tensor) -> ThresholdSearch:
-        largest = x.abs().amax(0)
+        largest = all_max(x.abs().amax((0, 1)))
+        tokens = int(all_sum(torch.tensor(x.shape[0] * x.shape[1])))
         if stage.source.endswith("v_proj"):
             largest = tie_heads(block, largest, torch.amax)
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randperm(len(x), generator=generator)[: self.search_tokens].to(x.device)
+        drawn = torch.randperm(tokens, generator=generator)[: self.search_tokens].to(x.device)
+        few = tokens_of_all(x, drawn)
         weight = torch.cat([block.get_submodule(name).weight.detach() for name in stage.linears])
-        return search_threshold(weight, x[drawn], largest, self.grid(), self.activation_grid(), count=self.thresholds)
+        return search_threshold(weight, few, largest, self.grid(), self.activation_grid(), count=self.thresholds)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lqedu.calibration.capture import run_block
+from lqedu.calibration.distributed import all_max
 from lqedu.errors import UsageError
 from lqedu.formats import IntGrid, QTensor, ScaleConvention
 from lqedu.methods.base import Answers, QuantizedActivations
@@ -77,7 +78,7 @@ class SmoothQuant(QuantizedActivations):
 
         def visitor(name: str):
             def visit(x: Tensor) -> None:
-                largest[name] = x.reshape(-1, x.shape[-1]).abs().amax(0)
+                largest[name] = all_max(x.reshape(-1, x.shape[-1]).abs().amax(0))
 
             return visit
 

@@ -3,10 +3,10 @@
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from lqedu.assets import SMOLLM2, cached_folder, smollm2_gguf
 from lqedu.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -49,9 +49,7 @@ def load_model(
     Only safetensors are read and no code from a repository is run.
     """
     name = str(name_or_path)
-    device = _check_device(device)
-    if dtype not in _DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+    device, dtype = check_device(device), check_dtype(dtype)
     if not name:  # Path("") would be the folder this process runs in
         raise UsageError(_meaningless(name))
     if name == EMBEDDED:
@@ -96,8 +94,13 @@ def weights_sha256(model: nn.Module) -> str:
 
     It tells whether two runs started from the same weights; a saved and reloaded model keeps it, a cast one does not.
     """
+    return tensors_sha256(sorted(model.state_dict().items()))
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Digest of names and tensors, in their order; see :func:`weights_sha256`."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -141,21 +144,14 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 def _load_dense(source: str, dtype: torch.dtype) -> tuple[nn.Module, "PreTrainedTokenizerBase"]:
     """A dense model and its tokenizer from a folder or the Hub, with transformers' many errors turned into ours."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UsageError(f"{source} has no config.json, so it is no model folder; pass one that save_pretrained wrote")
-    options: dict[str, Any] = {"trust_remote_code": False}
-    with _explained(source, "config.json"):
-        config = AutoConfig.from_pretrained(source, **options)
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UnsupportedModelError(f"{source} is already quantized ({method}); load the dense model it was made from")
+    config = read_config(source)
     try:
         with _explained(source, "safetensors weights"):
             model, loading = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, use_safetensors=True,
-                output_loading_info=True, ignore_mismatched_sizes=True, **options,
+                source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except SafetensorError as error:
         raise CheckpointError(f"the weights of {source} are damaged ({error}); fetch them again") from error
@@ -165,9 +161,74 @@ def _load_dense(source: str, dtype: torch.dtype) -> tuple[nn.Module, "PreTrained
             f"the weights of {source} lack or misshape {len(wrong)} tensors of its configuration "
             f"(first: {wrong[0]}); fetch the model again"
         )
-    with _explained(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    return model, tokenizer
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        # some files hold a head of their own although their configuration says that it is tied
+        model.config.tie_word_embeddings = False
+    return model, read_tokenizer(source)
+
+
+def read_config(source: str | Path) -> "PretrainedConfig":
+    """The configuration of a dense model in a folder or on the Hub; errors as :func:`load_model`."""
+    from transformers import AutoConfig
+
+    source = str(source)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UsageError(f"{source} has no config.json, so it is no model folder; pass one that save_pretrained wrote")
+    with _explained(source, "config.json"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise UnsupportedModelError(f"{source} is already quantized ({method}); load the dense model it was made from")
+    return config
+
+
+def read_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model in a folder or on the Hub; errors as :func:`load_model`."""
+    from transformers import AutoTokenizer
+
+    with _explained(str(source), "tokenizer"):
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a dense model that :func:`load_model` would read, downloaded where it is on the Hub; errors as there."""
+    if name == EMBEDDED:
+        return _embedded_folder()
+    if name and Path(name).is_dir():
+        return Path(name)
+    if not name or Path(name).exists() or not _HUB_ID.fullmatch(name):
+        raise UsageError(_meaningless(name))
+    from huggingface_hub import snapshot_download
+
+    with _explained(name, "files"):
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+
+
+def empty_model(
+    folder: Path, config: "PretrainedConfig", dtype: torch.dtype, *, name: str, device: torch.device
+) -> nn.Module:
+    """The modules of a model in evaluation mode, their parameters on the meta device and their buffers on ``device``.
+
+    Args:
+        folder: of the model, for its generation config.
+        config: of the model.
+        dtype: of the parameters.
+        name: what the model calls itself.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with _explained(str(folder), "config.json"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if (folder / "generation_config.json").is_file():
+        with _explained(str(folder), "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    for module in model.modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[key] = buffer.to(device)
+    model.name_or_path = model.config.name_or_path = name
+    return model.requires_grad_(False).eval()
 
 
 @contextmanager
@@ -224,7 +285,15 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _check_device(device: str | torch.device) -> torch.device:
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Refuse (UsageError) what is no dtype of a model's parameters."""
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+    return dtype
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Refuse a device that torch does not know (UsageError) or see (MissingDependencyError)."""
     try:
         device = torch.device(device)
     except RuntimeError as error:

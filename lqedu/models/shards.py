@@ -57,7 +57,7 @@ class Shards(Mapping[str, Header]):
         files = _files(self.folder)
         self._headers: dict[str, Header] = {}
         for file in dict.fromkeys(files.values()) if files else (WEIGHTS,):
-            found = _headers(self.folder / file)
+            found = read_headers(self.folder / file)
             if files:
                 _check_listed(self.folder / file, set(found), {name for name, f in files.items() if f == file})
             self._headers |= found
@@ -147,7 +147,8 @@ def _files(folder: Path) -> dict[str, str]:
     return files
 
 
-def _headers(path: Path) -> dict[str, Header]:
+def read_headers(path: Path) -> dict[str, Header]:
+    """What one file says of its tensors (CheckpointError where it is missing, truncated or no safetensors file)."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)

@@ -19,8 +19,9 @@ __all__ = ["Config", "Target", "configuration"]
 #: Start of a device's name -> file of measured configurations.
 _FILES = {"NVIDIA H100": "h100.json", "NVIDIA H200": "h100.json"}
 
-#: A shape is like a measured one if the logarithms of its sides differ by no more than this in all: a factor of 1.6.
-_NEAR = 0.47
+#: A shape is like a measured one if the logarithms of its sides differ by no more than this in all: a factor of 2.7, more than
+#: what two layers of one input, multiplied as one, differ by (11008 or 14336 and 28672 outputs).
+_NEAR = 1.0
 
 #: A launch configuration: names and values of what a kernel is compiled and launched with, see each ``default_config``.
 Config = Mapping[str, int | str | bool]

@@ -24,7 +24,7 @@ from lqedu.evaluation.random_models import FORMATS, Format, random_decoder
 from lqedu.evaluation.roofline import ModelShape
 from lqedu.options import check_count
 from lqedu.runtime.decoder import Decoder
-from lqedu.runtime.engine import Engine
+from lqedu.runtime.engine import Engine, side_stream
 from lqedu.runtime.paged import PAGE, pages_of
 
 TRANSFORMERS = "fp16-transformers"
@@ -318,14 +318,14 @@ class _Static:
         if self.device.type != "cuda":
             return once
         start = position.clone()
-        stream = torch.cuda.Stream()
+        stream = side_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 once()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             once()
         position.copy_(start)
         return graph.replay

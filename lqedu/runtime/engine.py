@@ -11,6 +11,7 @@ hundred launches cost more than what they do; everywhere else the same code runs
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class Engine:
     def _capture(self) -> None:
         """Record a step. Steps before it compile kernels; what they write lies behind the texts and is overwritten."""
         lengths, tokens = self.cache.lengths.clone(), self.tokens.clone()
-        stream = torch.cuda.Stream()
+        stream = side_stream(self.decoder.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -142,7 +143,7 @@ class Engine:
                 self.cache.lengths.copy_(lengths)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._logits = self._decode()
         self.cache.lengths.copy_(lengths)
         self.tokens.copy_(tokens)
@@ -238,6 +239,12 @@ def _check_prompts(prompts: Sequence[Tensor], capacities: Sequence[int]) -> None
             raise UsageError(f"prompt {index} is not a row of token ids, int64 [length]")
         if not 1 <= len(prompt) <= full:
             raise UsageError(f"prompt {index} has {len(prompt)} tokens, and its text has room for 1 to {full}")
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines of a device: the library of matrix products keeps 32 MB for each stream it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 def _on(device: torch.device) -> AbstractContextManager:

@@ -19,9 +19,9 @@ __all__ = ["Config", "Target", "configuration"]
 #: Start of a device's name -> file of measured configurations.
 _FILES = {"NVIDIA H100": "h100.json", "NVIDIA H200": "h100.json"}
 
-#: A shape is like a measured one if the logarithms of its sides differ by no more than this in all: a factor of 2.7, more than
-#: what two layers of one input, multiplied as one, differ by (11008 or 14336 and 28672 outputs).
-_NEAR = 1.0
+#: A shape is like a measured one if its sides differ by no more than these factors: outputs are more or fewer of the same
+#: tiles (two layers of one input, multiplied as one, have twice as many), inputs change what a tile does.
+_NEAR_OUTPUTS, _NEAR_INPUTS = 2.7, 1.6
 
 #: A launch configuration: names and values of what a kernel is compiled and launched with, see each ``default_config``.
 Config = Mapping[str, int | str | bool]
@@ -45,13 +45,14 @@ def configuration(operation: str, m: int, n: int, k: int, *, gpu: str) -> Config
     if not entries:
         return None
 
-    def distance(entry: dict) -> float:
-        return abs(math.log(entry["n"] / n)) + abs(math.log(entry["k"] / k))
+    def factors(entry: dict) -> tuple[float, float]:
+        return tuple(max(entry[side] / size, size / entry[side]) for side, size in (("n", n), ("k", k)))
 
-    nearest = min(distance(entry) for entry in entries)
-    if nearest > _NEAR:
+    near = [e for e in entries if factors(e)[0] <= _NEAR_OUTPUTS and factors(e)[1] <= _NEAR_INPUTS]
+    if not near:
         return None
-    shape = [entry for entry in entries if distance(entry) == nearest]
+    nearest = min(math.prod(factors(entry)) for entry in near)
+    shape = [entry for entry in near if math.prod(factors(entry)) == nearest]
     larger = [entry for entry in shape if entry["m"] >= m]
     entry = min(larger, key=lambda e: e["m"]) if larger else max(shape, key=lambda e: e["m"])
     return entry["config"]

@@ -41,6 +41,9 @@ StreamOpt = Annotated[
     bool, typer.Option("--stream", help="Hold one decoder block in memory at a time, for models larger than memory.")
 ]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; started by torchrun, each process takes a GPU.")]
+QualityOpt = Annotated[
+    str | None, typer.Option(help="Corpus to measure perplexity on, dense and quantized, for the model card.")
+]
 DtypeOpt = Annotated[str, typer.Option(help="Of the weights in memory: float32, bfloat16 or float16.")]
 
 
@@ -59,6 +62,8 @@ def quantize(
     stream: StreamOpt = False,
     device: DeviceOpt = "cpu",
     dtype: DtypeOpt = "float32",
+    quality: QualityOpt = None,
+    tokens: TokensOpt = 32768,
     json_: JsonOpt = False,
 ) -> None:
     """Quantize a model and save it. Killed and started again, it goes on where it stopped.
@@ -75,11 +80,14 @@ def quantize(
         raise UsageError(f"method {method!r} has no choice of bits, so --bits says nothing; leave it out")
     if group_size != "auto" and "group_size" not in has:
         raise UsageError(f"method {method!r} has no groups, so --group-size says nothing; leave it out")
+    if quality is not None and stream:
+        raise UsageError("--quality needs the whole models in memory, which --stream avoids; measure with 'lqedu eval'")
     options = _parse_set(set_ or [])
     with torchrun(device) as (own, device):
         _quantize(
-            model, method, out, bits, group_size, options, calibration, windows, length, seed, stream, device, dtype
-        )
+            model, method, out, bits, group_size, options, calibration, windows, length, seed, stream, device, dtype,
+            quality, tokens,
+        )  # fmt: skip
         if own.rank > 0:
             return
 
@@ -363,15 +371,20 @@ def _fail(message: str) -> int:
 def _quantize(
     model: str, method: str, out: Path, bits: int | None, group_size: str, options: dict[str, Any],
     calibration: str, windows: int, length: int, seed: int, stream: bool, device: Any, dtype: str,
+    quality: str | None, tokens: int,
 ) -> None:  # fmt: skip
     """Load, quantize and save as :func:`quantize` was asked to; of several processes the first one saves."""
+    from dataclasses import replace
+
     from lqedu.calibration import load_corpus, token_windows
     from lqedu.calibration.distributed import processes
     from lqedu.checkpoint import save
+    from lqedu.checkpoint.card import Calibration, Facts, shown_name
     from lqedu.methods.base import get
     from lqedu.methods.pipeline import quantize as run
     from lqedu.methods.streaming import check_streamable, quantize_folder
     from lqedu.models import load_model
+    from lqedu.models.load import weights_sha256
     from lqedu.models.streamed import StreamedModel
 
     kind = _dtype(dtype)
@@ -386,16 +399,31 @@ def _quantize(
     chosen = _build(method, network, bits, group_size, options)
     if text is None and chosen.uses_calibration:  # known only now: static scales are an option
         text = load_corpus(calibration, split="calibration")
-    tokens = None if text is None else token_windows(tokenizer, text, length=length, count=windows, seed=seed)
+    seen = None if text is None else token_windows(tokenizer, text, length=length, count=windows, seed=seed)
+    evaluation = None if quality is None else _evaluation_windows(tokenizer, quality, length, tokens)
     first = processes().rank == 0
+    facts = Facts(
+        base_model=shown_name(model), calibration=None if seen is None else Calibration.of(calibration, seen, seed)
+    )
     if stream:
-        quantize_folder(dense, chosen, tokens, out, progress=first)
+        quantize_folder(dense, chosen, seen, out, progress=first, facts=facts)
         return
     unfinished = out.with_name(out.name + ".unfinished")
-    quantized = run(network, chosen, tokens, progress=first, resume_dir=unfinished)
+    quantized = run(network, chosen, seen, progress=first, resume_dir=unfinished)
     if first:
-        save(quantized, out, tokenizer)
+        facts = replace(facts, base_sha256=weights_sha256(network))
+        if quality is not None:
+            facts = replace(facts, quality=(_measured(quality, evaluation, network, quantized),))
+        save(quantized, out, tokenizer, facts=facts)
         shutil.rmtree(unfinished)
+
+
+def _measured(corpus: str, windows: Any, dense: Any, quantized: Any) -> Any:
+    from lqedu.checkpoint.card import Quality
+    from lqedu.evaluation import perplexity
+
+    before, after = (perplexity(model, windows, progress=True) for model in (dense, quantized))
+    return Quality.of(corpus, after, before)
 
 
 def _dtype(name: str) -> Any:

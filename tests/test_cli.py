@@ -13,6 +13,7 @@ import torch
 
 import lqedu
 from lqedu import cli
+from lqedu.checkpoint.card import Calibration, Quality
 from tests.models_tiny import tiny_model
 
 
@@ -62,7 +63,8 @@ def test_quantize_eval_round_trip(
     tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    status, stdout, _ = run(*quantize_arguments(tiny_folder, text_file, out, "--json"), capsys=capsys)
+    quality = ["--quality", text_file, "--tokens", 256]
+    status, stdout, _ = run(*quantize_arguments(tiny_folder, text_file, out, "--json", *quality), capsys=capsys)
     assert status == 0
     summary = json.loads(stdout)
     assert summary["method"]["options"]["group_size"] == 32  # auto: the largest of 128, 64, 32 that divides 64 and 96
@@ -79,6 +81,11 @@ def test_quantize_eval_round_trip(
     )
     assert status == 0
     assert json.loads(stdout)["ppl"] == want.ppl  # to the last bit
+    facts = lqedu.load_model(out)[0].lqedu_facts
+    assert (facts.base_model, facts.base_sha256) == (tiny_folder.name, lqedu.models.load.weights_sha256(model))
+    assert facts.calibration == Calibration.of(text_file.name, windows, 0)
+    assert facts.quality == (Quality.of(text_file.name, want, lqedu.perplexity(model, evaluation)),)
+    assert f"| {want.ppl:.3f} |" in (out / "README.md").read_text()
     one_window = ["eval", out, "--corpus", text_file, "--length", 32, "--tokens", 32, "--json"]
     assert json.loads(run(*one_window, capsys=capsys)[1])["stderr"] is None
 
@@ -97,11 +104,13 @@ def test_streaming_says_and_writes_the_same(
         said[-1]["bytes"].pop("files")
     assert said[0] == said[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert (tmp_path / "a" / "README.md").read_bytes() == (tmp_path / "b" / "README.md").read_bytes()
     model, _ = lqedu.load_model(tmp_path / "b", dtype=torch.bfloat16)
     want = lqedu.load_model(tmp_path / "a", dtype=torch.bfloat16)[0].state_dict()
     assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
     for options, sentence in (
         (["--method", "spinquant", "--stream"], "SpinQuant trains with gradients through the whole model"),
+        (["--method", "rtn", "--quality", "sotu", "--stream"], "--quality needs the whole models in memory"),
         (["--method", "rtn", "--dtype", "int8"], "--dtype is float32, bfloat16 or float16, got 'int8'"),
         (["--method", "rtn", "--device", "nonsense", "--stream"], "unknown device 'nonsense'"),
     ):

@@ -51,7 +51,7 @@ class Calibration:
     @classmethod
     def of(cls, text: str, windows: Tensor, seed: int | None = None) -> "Calibration":
         """From the windows ``[count, length]`` themselves."""
-        return cls(_shown(text), *windows.shape, seed, windows_sha256(windows))
+        return cls(shown_name(text), *windows.shape, seed, windows_sha256(windows))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Quality:
         """From what was measured (UsageError where the two were not measured on the same windows)."""
         difference = None if dense is None else paired(quantized, dense)
         return cls(
-            _shown(text), len(quantized.window_nll), quantized.tokens,
+            shown_name(text), len(quantized.window_nll), quantized.tokens,
             _finite(quantized.ppl), quantized.nll, _finite(quantized.stderr),
             None if dense is None else dense.ppl,
             None if difference is None else difference.delta_nll,
@@ -195,7 +195,9 @@ def card_of(model: nn.Module, facts: Facts | None = None, format: str = "lqedu")
 def facts_of(model: nn.Module) -> Facts:
     """The facts a model carries; one that was never told any still knows what it was loaded from."""
     known = getattr(model, "lqedu_facts", None)
-    return known if known is not None else Facts(base_model=_shown(getattr(model.config, "name_or_path", "")) or None)
+    return (
+        known if known is not None else Facts(base_model=shown_name(getattr(model.config, "name_or_path", "")) or None)
+    )
 
 
 def _head(method: Mapping[str, Any], facts: Facts, format: str) -> str:
@@ -291,7 +293,7 @@ def _base(facts: Facts) -> str:
     return facts.base_model or "A dense model that is not known"
 
 
-def _shown(name: str | Path) -> str:
+def shown_name(name: str | Path) -> str:
     """A name that may be shown: a Hub id or a corpus as it is, of a path the last part."""
     name = str(name)
     return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name

@@ -11,6 +11,7 @@ tensors that a method's move of the whole model needs. The bits are those that :
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,10 @@ def quantize_folder(
     check_shapes(model, method, calibration)
     _check_space(model, method, out)
     folder = resume_dir or out.with_name(out.name + ".unfinished")
-    unfinished = open_run(folder, dense.sha256(check_finite), method, calibration, dense.device)
+    sha256 = dense.sha256(check_finite)
+    unfinished = open_run(folder, sha256, method, calibration, dense.device)
+    if facts is not None and facts.base_sha256 is None:
+        facts = replace(facts, base_sha256=sha256)
 
     dense.fill_embeddings(model)
     notes = method.notes(model)

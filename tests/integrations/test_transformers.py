@@ -16,6 +16,7 @@ from lqedu.checkpoint import save
 from lqedu.errors import CheckpointError, UsageError
 from lqedu.methods import FP8, GPTQ, QQQ, RTN, QoQ, QuaRot, QuIP, SmoothQuant
 from lqedu.methods.pipeline import quantize
+from lqedu.methods.streaming import quantize_folder
 from lqedu.models import load_model
 from lqedu.runtime import PackedCache, quantize_kv
 from lqedu.runtime.attention import NAME
@@ -115,6 +116,16 @@ def test_the_model_card_tells_how_to_load_it(saved: Path) -> None:
     exec(code.replace("PATH_OF_THIS_FOLDER", str(saved)), names)
     _equal(names["model"], load_model(saved)[0])
     assert code.count("import lqedu") == 2
+
+
+def test_shards_that_were_written_one_block_at_a_time(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_model().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    folder = quantize_folder(tmp_path / "dense", RTN(group_size=32), None, tmp_path / "out")
+    assert (folder / "model.safetensors.index.json").is_file()
+    _equal(AutoModelForCausalLM.from_pretrained(folder), load_model(folder)[0])
 
 
 def test_save_pretrained_is_refused_and_writes_nothing(saved: Path, tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_kernels_are_run_where_asked(saved: Path) -> None:
         assert (model(tiny_windows()).logits - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_kernels_run_by_themselves(saved: Path) -> None:
+    model, _ = integration.load(str(saved))
+    assert model.device.type == "cuda" and model.dtype == torch.float16 and model.lqedu_kernels
+    assert not hasattr(integration.load(str(saved), kernels=False)[0], "lqedu_kernels")
+
+
 @pytest.mark.parametrize(
     ("ask", "match"),
     [

@@ -71,6 +71,21 @@ def test_it_computes_what_its_tensors_stand_for(group_size: int, bias: bool) -> 
     assert set(layer.state_dict()) == ({"bias"} if bias else set())  # the loaded tensors are freed
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_the_kernel_computes_what_its_reference_does(group_size: int) -> None:
+    state, _ = _problem(group_size, True)
+    layers = [W4A8Linear(COLUMNS, ROWS, True, group_size, device) for device in ("cpu", "cuda")]
+    x, scale = _random((TOKENS, COLUMNS), -127, 127, 6).to(torch.int8), (_random((TOKENS,), 1, 99, 7) / 8192).half()
+    out = []
+    for layer, device in zip(layers, ("cpu", "cuda"), strict=True):
+        layer.load_state_dict(state)
+        y = torch.full((TOKENS, ROWS), torch.nan, dtype=torch.float16, device=device)
+        layer(x.to(device), scale.to(device), None, y)
+        out.append(y.cpu().double())
+    assert torch.allclose(out[0], out[1], rtol=2**-10, atol=1e-6)
+
+
 @pytest.mark.parametrize("group_size", [-1, 128])
 def test_from_linear_packs_as_qserve_does(group_size: int) -> None:
     state, weight = _problem(group_size, True)

@@ -18,7 +18,7 @@ from lqedu.methods import FP8, GPTQ, QQQ, RTN, QoQ, QuaRot, QuIP, SmoothQuant
 from lqedu.methods.pipeline import quantize
 from lqedu.methods.streaming import quantize_folder
 from lqedu.models import load_model
-from lqedu.runtime import PackedCache, quantize_kv
+from lqedu.runtime import PackedCache, quantize_kv, to_kernels
 from lqedu.runtime.attention import NAME
 from tests.models_tiny import ARCHITECTURES, tiny_model, tiny_windows
 
@@ -206,6 +206,18 @@ def test_offloading_is_refused(saved: Path, device_map: dict) -> None:
 
 def test_a_device_map_of_one_device_is_fine(saved: Path) -> None:
     _equal(AutoModelForCausalLM.from_pretrained(saved, device_map="cpu"), load_model(saved)[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_it_is_the_same_model(saved: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved, device_map="cuda", dtype=torch.float16)
+    expected, _ = load_model(saved, device="cuda", dtype=torch.float16)
+    windows = tiny_windows().cuda()
+    with torch.no_grad():
+        assert torch.equal(model(windows).logits, expected(windows).logits)
+        fast = to_kernels(model)
+        scale = expected(windows).logits.abs().max()
+        assert (fast(windows).logits - expected(windows).logits).abs().max() < 2e-2 * scale
 
 
 def test_an_attention_that_would_undo_the_cache_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -264,6 +264,30 @@ def test_torch_compile_takes_the_operator_as_it_is(vllm, folders) -> None:
     assert torch.equal(compiled(x), layer(x) + 1)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu_in_a_graph_of_cuda(vllm, folders, method: str) -> None:
+    """As vLLM runs a layer: tensors loaded on the GPU, the product captured once and replayed on other inputs."""
+    model, prefix = load(folders[method])[0], "model.layers.0.mlp"
+    with torch.device("cuda"):
+        layer = stand_in.StackedColumnLinear(128, [256, 256], _config(vllm, folders[method]), f"{prefix}.gate_up_proj")
+    _fill(layer, model.state_dict(), prefix, MERGED["gate_up_proj"])
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(8, 128, generator=generator).half() for _ in range(2))
+    x = first.cuda()
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    x.copy_(second)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, layer(second.cuda()))
+    names = MERGED["gate_up_proj"]
+    expected = torch.cat([pack_layer(model.get_submodule(f"{prefix}.{name}"))(second) for name in names], -1)
+    assert torch.allclose(y.cpu().float(), expected.float(), rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
 def test_layers_left_in_floating_point_are_those_of_vllm(vllm, folders) -> None:
     config = _config(vllm, folders["qoq"])
     linear = stand_in.LinearBase.__new__(stand_in.LinearBase)

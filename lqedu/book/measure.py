@@ -6,6 +6,7 @@ provenance. Timings are raw samples of a synchronized clock after a warm-up, nev
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,16 @@ import lqedu
 from lqedu import training
 from lqedu.book.results import write_result
 from lqedu.evaluation.perplexity import Perplexity
+from lqedu.evaluation.streaming import (
+    ALLOCATOR,
+    LLAMA_2_70B,
+    LLAMA_3_70B,
+    Shape,
+    resident_peak,
+    streamed_peak,
+    write_random,
+)
+from lqedu.evaluation.streaming import measure as memory_of_run
 from lqedu.formats import IntGrid
 from lqedu.formats.activation import ActivationGrid
 from lqedu.formats.kv import KVInt
@@ -149,6 +160,44 @@ def rotate_cost(device: str) -> Measurement:
 def w4a8_cost(device: str) -> Measurement:
     """Chapters 13 and 14: seconds and peak memory of the command line, a process for each method, 32 windows."""
     return _command_cost("qqq", "qoq")
+
+
+STREAMED = [Shape(layers, 1024, 2816, 16, 4, 32000) for layers in (2, 4, 8, 16, 32)]
+STREAMED += [Shape(8, 512, 1408, 8, 4, 32000), Shape(4, 1536, 4096, 24, 8, 32000)]
+STREAMED_GPU = [Shape(layers, 8192, 28672, 64, 8, 32000) for layers in (1, 2, 4)]  # a 70B model, less most of its depth
+
+
+def streaming(device: str) -> Measurement:
+    """Chapter 21: peak memory of GPTQ on random models of growing depth and width, streamed and resident, and its formula."""
+    gpu = device.startswith("cuda")
+    windows, length, dtype = (32, 512, "bfloat16") if gpu else (8, 256, "float32")
+    sizes = {"tokens": windows * length, "itemsize": getattr(torch, dtype).itemsize}
+    rows = []
+    for shape in STREAMED_GPU if gpu else STREAMED:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "dense"
+            write_random(shape, source, dtype=getattr(torch, dtype))
+            for mode in ("streamed", "resident"):
+                found = memory_of_run(
+                    mode, source, Path(folder) / mode, windows=windows, length=length, dtype=dtype, device=device
+                )
+                shutil.rmtree(Path(folder) / mode)
+                predicted = streamed_peak(shape, **sizes).total if mode == "streamed" else resident_peak(shape, **sizes)
+                peak = found["device_bytes"] if gpu else found["host_bytes"]
+                row = {"name": mode, **asdict(shape), "dense_bytes": shape.weights * sizes["itemsize"]}
+                rows.append(row | found | {"predicted_bytes": predicted, "samples": [peak], "unit": "B"})
+                print(f"{mode} {shape}: {peak / 1e9:.3f} GB, formula {predicted / 1e9:.3f} GB", flush=True)
+    for name, shape in {"llama-2-70b": LLAMA_2_70B, "llama-3-70b": LLAMA_3_70B}.items():
+        peak = streamed_peak(shape, tokens=32 * 512, itemsize=2)
+        row = {"name": f"formula, {name}", **asdict(shape), "dense_bytes": 2 * shape.weights, "tokens": 32 * 512}
+        rows.append(
+            row | {f"{part}_bytes": size for part, size in asdict(peak).items()} | {"predicted_bytes": peak.total}
+        )
+    configuration = {
+        "method": "gptq", **GPTQ(group_size=128).options(), "windows": windows, "length": length, "dtype": dtype,
+        "weights": "random normal", "allocator": ALLOCATOR, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return configuration, rows
 
 
 def _command_cost(*names: str) -> Measurement:
@@ -1064,6 +1113,7 @@ MEASUREMENTS: dict[str, Callable[[str], Measurement]] = {
     "quantize-cost": quantize_cost,
     "rotate-cost": rotate_cost,
     "w4a8-cost": w4a8_cost,
+    "streaming": streaming,
     "smoothquant": smoothquant,
     "invariance": invariance,
     "quarot": quarot,

@@ -44,6 +44,9 @@ DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; started by to
 QualityOpt = Annotated[
     str | None, typer.Option(help="Corpus to measure perplexity on, dense and quantized, for the model card.")
 ]
+TasksOpt = Annotated[
+    str | None, typer.Option(help="Tasks of lm-eval (pip install lm-eval), separated by commas, instead of perplexity.")
+]
 DtypeOpt = Annotated[str, typer.Option(help="Of the weights in memory: float32, bfloat16 or float16.")]
 
 
@@ -112,12 +115,16 @@ def evaluate(
     corpus: CorpusOpt = "sotu",
     length: LengthOpt = 512,
     tokens: TokensOpt = 4096,
+    tasks: TasksOpt = None,
     json_: JsonOpt = False,
 ) -> None:
-    """Perplexity of a model on a text (evaluation split), with its standard error."""
+    """Perplexity of a model on a text (evaluation split), with its standard error; or tasks of lm-eval."""
     from lqedu.evaluation import perplexity
     from lqedu.models import load_model
 
+    if tasks is not None:
+        _evaluate_tasks(model, [task.strip() for task in tasks.split(",") if task.strip()], json_)
+        return
     network, tokenizer = load_model(model)
     windows = _evaluation_windows(tokenizer, corpus, length, tokens)
     result = perplexity(network, windows, progress=True)
@@ -416,6 +423,19 @@ def _quantize(
             facts = replace(facts, quality=(_measured(quality, evaluation, network, quantized),))
         save(quantized, out, tokenizer, facts=facts)
         shutil.rmtree(unfinished)
+
+
+def _evaluate_tasks(model: str, tasks: list[str], json_: bool) -> None:
+    from lqedu.integrations.lm_eval import evaluate as run
+
+    if not tasks:
+        raise UsageError("--tasks names no task of lm-eval, for example piqa,hellaswag")
+    scores = run(model, tasks)
+    if json_:
+        print(json.dumps({"model": model, "tasks": scores}))
+        return
+    rows = [[task, name, f"{value:.4f}"] for task, found in scores.items() for name, value in found.items()]
+    _print_table(model, ["task", "metric", "value"], rows)
 
 
 def _measured(corpus: str, windows: Any, dense: Any, quantized: Any) -> Any:

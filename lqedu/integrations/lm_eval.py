@@ -2,8 +2,9 @@
 
     python -m lqedu.integrations.lm_eval --model lqedu --model_args pretrained=FOLDER --tasks piqa,hellaswag
 
-takes every argument of the command ``lm_eval``, which has no way to find a model class that it does not bring along. From
-Python, ``register()`` makes the name known and ``lm_eval.simple_evaluate(model="lqedu", ...)`` runs.
+takes every argument of the command ``lm_eval``, which has no way to find a model class that it does not bring along. So does
+``lqedu eval FOLDER --tasks piqa,hellaswag``. From Python there is :func:`evaluate`, and after ``register()`` lm-eval's own functions
+know the name.
 
 lm-eval (EleutherAI, pip install lm-eval) is imported when one of the two is called, not before. How it cuts, batches and
 scores texts is its own class ``HFLM``; here the model gets loaded.
@@ -11,6 +12,7 @@ scores texts is its own class ``HFLM``; here the model gets loaded.
 
 import inspect
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -109,6 +111,39 @@ def register() -> type:
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **theirs)
 
     return register_model(NAME)(LqeduLM)
+
+
+def evaluate(pretrained: str, tasks: Sequence[str], **arguments: Any) -> dict[str, dict[str, float]]:
+    """Scores of a model on tasks of lm-eval.
+
+    Args:
+        pretrained: as for :func:`load`.
+        tasks: their names.
+        arguments: of the model class, such as ``batch_size`` and ``max_length``, or ``limit`` and ``task_manager`` of
+            ``lm_eval.simple_evaluate``.
+
+    Returns:
+        For each task its numbers by name: metrics with the filter behind a comma, and their standard errors.
+
+    Raises:
+        UsageError: a task that lm-eval does not know; and what :func:`load`, :func:`register` and :func:`arguments` raise.
+    """
+    cls = register()
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = arguments.pop("task_manager", None) or TaskManager()
+    limit = arguments.pop("limit", None)
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise UsageError(f"lm-eval has no task {unknown[0]!r}; 'lm_eval ls tasks' lists them")
+    model = cls(pretrained=pretrained, **arguments)
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
+    )
+    return {
+        task: {name: value for name, value in scores.items() if isinstance(value, int | float)}
+        for task, scores in found["results"].items()
+    }
 
 
 def main() -> None:

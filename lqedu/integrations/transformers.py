@@ -53,8 +53,6 @@ class LqeduConfig(QuantizationConfigMixin):
 class LqeduQuantizer(HfQuantizer):
     """What transformers calls while it loads a folder of ours: frames before the tensors, checks before and after."""
 
-    requires_parameters_quantization = False
-
     def __init__(self, quantization_config: LqeduConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:

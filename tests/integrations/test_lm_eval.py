@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import lqedu.integrations.lm_eval as integration
+from lqedu import cli
 from lqedu.checkpoint import save
 from lqedu.errors import LqeduError, MissingDependencyError, UsageError
 from lqedu.methods import RTN
@@ -146,6 +147,46 @@ def test_the_class_hands_model_and_options_to_lm_eval(saved: Path, monkeypatch, 
         cls(pretrained=str(saved), max_batch_size=3)
 
 
+def test_scores_are_the_numbers_of_each_task(monkeypatch) -> None:
+    asked = {}
+
+    class TaskManager:
+        def match_tasks(self, names: list[str]) -> list[str]:
+            return [name for name in names if name == "piqa"]
+
+    def simple_evaluate(**arguments: object) -> dict:
+        asked.update(arguments)
+        return {"results": {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": "N/A", "sample_len": 4}}}
+
+    for name, content in {
+        "lm_eval": {"simple_evaluate": simple_evaluate}, "lm_eval.tasks": {"TaskManager": TaskManager},
+    }.items():  # fmt: skip
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(integration, "register", lambda: lambda **given: given)
+    scores = integration.evaluate("folder", ["piqa"], batch_size=8, limit=4)
+    assert scores == {"piqa": {"acc,none": 0.5, "sample_len": 4}}
+    assert asked["model"] == {"pretrained": "folder", "batch_size": 8} and asked["limit"] == 4
+    with pytest.raises(UsageError, match="no task 'pica'"):
+        integration.evaluate("folder", ["piqa", "pica"])
+
+
+@pytest.mark.parametrize(("tasks", "status"), [("piqa, boolq", 0), (" , ", 2)])
+def test_the_command_eval_prints_them(tasks: str, status: int, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(integration, "evaluate", lambda model, tasks: {task: {"acc,none": 0.25} for task in tasks})
+    monkeypatch.setattr(sys, "argv", ["lqedu", "eval", "folder", "--tasks", tasks, "--json"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    said = capsys.readouterr()
+    assert exit_.value.code == status
+    if status:
+        assert "names no task" in said.err and not said.out
+    else:
+        scores = {"piqa": {"acc,none": 0.25}, "boolq": {"acc,none": 0.25}}
+        assert json.loads(said.out) == {"model": "folder", "tasks": scores}
+
+
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore")  # of its packages
 def test_a_task_runs_and_scores_what_the_model_says(saved: Path, tmp_path: Path, fresh_registration) -> None:
@@ -191,6 +232,12 @@ metric_list: [{{metric: acc}}]
         right += max(range(3), key=scores.__getitem__) == row["label"]
     assert results["results"]["lqedu_tiny"]["acc,none"] == pytest.approx(right / len(rows))
     assert results["config"]["model"] == "lqedu"
+    ask = dict(device="cpu", task_manager=TaskManager(include_path=str(tasks)))
+    assert integration.evaluate(str(saved), ["lqedu_tiny"], **ask)["lqedu_tiny"]["acc,none"] == pytest.approx(
+        right / 12
+    )
+    with pytest.raises(UsageError, match="no task 'lqedu_nothing'"):
+        integration.evaluate(str(saved), ["lqedu_nothing"], **ask)
 
 
 @needs_lm_eval

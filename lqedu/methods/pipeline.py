@@ -8,7 +8,6 @@ and its activations. Chapter ``04-gptq``.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lqedu.calibration.capture import block_inputs, check_windows, run_block
+from lqedu.calibration.capture import block_inputs, run_block
 from lqedu.calibration.distributed import (
     all_extremes,
     all_sum,
@@ -26,17 +25,16 @@ from lqedu.calibration.distributed import (
     processes,
 )
 from lqedu.checkpoint.unfinished import Block, Layer, UnfinishedRun, run_identity
-from lqedu.errors import CalibrationError, GridError, LqeduError, NotPositiveDefiniteError, UsageError
-from lqedu.formats.integer import check_weight
+from lqedu.errors import NotPositiveDefiniteError, UsageError
 from lqedu.linalg.hessian import HessianAccumulator
 from lqedu.methods.base import Method
+from lqedu.methods.request import check_request, quantized_stages, with_context
 from lqedu.models.anatomy import Stage, block_list, describe, linears
 from lqedu.models.copying import copy_sharing_tensors
 from lqedu.models.load import weights_sha256
 from lqedu.rounding import RoundingReport
 from lqedu.runtime.inputs import input_path
 from lqedu.runtime.kinds import layer_of
-from lqedu.runtime.linear import quantized_linears
 
 MAX_ATTEMPTS = 3  # the damping asked for, and twice ten times more
 
@@ -107,7 +105,7 @@ def quantize_blocks(
         Each block when it is done, and its quantized layers by their names in the model.
     """
     anatomy, count = describe(model), len(block_list(model))
-    stages = _quantized_stages(anatomy.stages, method)
+    stages = quantized_stages(anatomy.stages, method)
     finished = from_first(unfinished.finished(count)) if unfinished else set()
     hidden, kwargs = inputs
     total = sum(len(stage.linears) for stage in stages) * count
@@ -182,75 +180,6 @@ def auto_group_size(model: nn.Module) -> int:
     raise UsageError(f"none of 128, 64 and 32 divides all layer widths {sorted(widths)}; use per-channel scales")
 
 
-def check_request(model: nn.Module, method: Method, calibration: Tensor | None) -> None:
-    """Refuse, before any work, what would fail later: see :func:`quantize` for the errors."""
-    check_shapes(model, method, calibration)
-    for name, linear in linears(model).items():
-        with _context(name, linear.weight, method):
-            check_weight(linear.weight)
-    for name, parameter in model.named_parameters():
-        check_finite(name, parameter)
-
-
-def check_shapes(model: nn.Module, method: Method, calibration: Tensor | None) -> None:
-    """The part of :func:`check_request` that reads no tensor of the model, which may be on the meta device."""
-    if not isinstance(method, Method):
-        raise UsageError(f"method is an instance such as lqedu.methods.GPTQ(bits=4), got {method!r}")
-    if quantized_linears(model):
-        raise UsageError("the model is already quantized; start from the dense one")
-    if method.uses_calibration:
-        _check_windows(model, calibration, method)
-        my_windows(calibration)
-    if processes().count > 1 and not method.learns_from_blocks:
-        raise UsageError(
-            f"{method.title} trains with gradients through the whole model, which this package does in one process; start it "
-            "without torchrun"
-        )
-    for name, linear in linears(model).items():
-        with _context(name, linear.weight, method):
-            method.check_shape(tuple(linear.weight.shape))
-    _quantized_stages(describe(model).stages, method)
-    path = method.attention_path()
-    if path is not None:
-        from lqedu.runtime.attention import check_heads
-
-        check_heads(model, path)
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse (GridError) a tensor with NaN or infinite values; read in parts, so that no mask of its size is made."""
-    if tensor.is_floating_point() and not all(bool(torch.isfinite(t).all()) for t in tensor.flatten().split(1 << 24)):
-        raise GridError(f"{name} {list(tensor.shape)} holds NaN or infinite values")
-
-
-def _quantized_stages(stages: tuple[Stage, ...], method: Method) -> tuple[Stage, ...]:
-    """The stages of a block less the linears that the method keeps.
-
-    Raises:
-        UsageError: nothing is left to quantize, or the method names a linear that is not there.
-    """
-    there = {name.rpartition(".")[2]: None for stage in stages for name in stage.linears}  # in the order they run
-    unknown = [name for name in method.kept_names() if name not in there]
-    if unknown:
-        raise UsageError(
-            f"{method.title} is asked to keep {', '.join(map(repr, unknown))}, which this model does not have; its "
-            f"linears, to be separated by commas, are {', '.join(there)}"
-        )
-    wanted = [
-        dataclasses.replace(stage, linears=tuple(name for name in stage.linears if not method.keeps(name)))
-        for stage in stages
-    ]
-    if not any(stage.linears for stage in wanted):
-        raise UsageError(f"{method.title} is asked to keep every linear layer; name fewer of them")
-    return tuple(stage for stage in wanted if stage.linears)
-
-
-def _check_windows(model: nn.Module, calibration: Tensor | None, method: Method) -> None:
-    if calibration is None:
-        raise CalibrationError(f"{method.title} needs calibration windows; pass calibration=lqedu.token_windows(...)")
-    check_windows(model, calibration)
-
-
 def _quantize_block(
     block: nn.Module,
     stages: tuple[Stage, ...],
@@ -268,7 +197,7 @@ def _quantize_block(
     def quantize_stage(stage: Stage, seen: _Seen) -> None:
         for name in stage.linears:
             linear = block.get_submodule(name)
-            with _context(prefix + name, linear.weight, method):
+            with with_context(prefix + name, linear.weight, method):
                 weight, report = _with_retries(method, linear.weight.detach(), seen.hessian)
             path = dataclasses.replace(input_path(linear), activation=activation)
             own = None if seen.static is None else tuple(None if t is None else t.clone() for t in seen.static)
@@ -344,15 +273,6 @@ def _with_retries(method: Method, weight: Tensor, hessian: Tensor | None) -> tup
                 raise
             method = dataclasses.replace(method, damping=10 * method.damping)
     raise AssertionError("unreachable")
-
-
-@contextmanager
-def _context(name: str, weight: Tensor, method: Method) -> Iterator[None]:
-    """Add layer, shape and method to any error of ours from below, and keep its type."""
-    try:
-        yield
-    except LqeduError as error:
-        raise type(error)(f"{name} {list(weight.shape)}, {method.title}: {error}") from error
 
 
 def _round(block: nn.Module, done: Block) -> None:

@@ -26,14 +26,13 @@ from lqedu.checkpoint.unfinished import UnfinishedRun
 from lqedu.errors import CheckpointError, UsageError
 from lqedu.methods.base import Method
 from lqedu.methods.pipeline import (
-    check_finite,
-    check_shapes,
     describe_result,
     learn_once,
     open_run,
     quantize_blocks,
     set_attention,
 )
+from lqedu.methods.request import check_finite, check_shapes
 from lqedu.models.anatomy import describe, linears
 from lqedu.models.copying import copy_sharing_tensors
 from lqedu.models.shards import INDEX, index_of, read_headers, shard_name

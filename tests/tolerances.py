@@ -10,3 +10,7 @@ FP32_TIES = 1e-3
 PEER_WEIGHT = 1e-6
 #: Relative error of a layer's output when FP8 tensor cores form the sums: 2^-13 measured on an H200, for random numbers.
 FP8_TENSOR_CORES = 2.0**-11
+#: Largest difference of logits below 10 of a model of one or two blocks: sums of up to 100 products in float32, in two orders.
+PEER_LOGITS = 1e-4
+#: Largest error of a linear layer's outputs relative to the largest, for the same: 2^-24 times a few hundred products.
+PEER_LAYER = 1e-5

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -182,9 +182,10 @@ def _check_space(model: nn.Module, method: Method, out: Path) -> None:
 def predicted_bytes(model: nn.Module, method: Method) -> int:
     """Bytes of the quantized tensors: what the method's grid says of its linears, everything else as it is.
 
-    Not exact: transforms that a method stores are left out.
+    Not exact: transforms that a method stores are left out, and linears of a method that names no grid.
     """
     quantized = {f"{name}.weight": linear for name, linear in linears(model).items() if not method.keeps(name)}
-    grid: Any = method.grid()
     dense = sum(t.nbytes for name, t in model.named_parameters() if name not in quantized)
-    return dense + sum(grid.nbytes(tuple(linear.weight.shape)) for linear in quantized.values())
+    if not hasattr(method, "grid"):
+        return dense
+    return dense + sum(method.grid().nbytes(tuple(linear.weight.shape)) for linear in quantized.values())

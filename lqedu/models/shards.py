@@ -100,11 +100,6 @@ class Shards(Mapping[str, Header]):
         return tensors
 
 
-def is_sharded(folder: Path) -> bool:
-    """Whether the folder has an index."""
-    return (folder / INDEX).is_file()
-
-
 def shard_name(index: int, count: int) -> str:
     """File name of shard ``index``, from 1 to ``count``.
 

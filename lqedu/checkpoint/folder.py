@@ -12,18 +12,18 @@ Nothing in it is a pickle. Chapter ``04-gptq`` writes and reads one.
 
 import copy
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lqedu import __version__
 from lqedu.atomic import atomic_directory
 from lqedu.checkpoint.card import CARD, Facts, card_of, facts_of
 from lqedu.checkpoint.unfinished import save_safetensors
+from lqedu.checkpoint.weights import distinct, shorten
 from lqedu.errors import CheckpointError, GridError, UsageError
 from lqedu.models.shards import WEIGHTS, Shards
 from lqedu.rounding import RoundingReport
@@ -63,7 +63,7 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: 
     tokenizer = tokenizer or getattr(model, "lqedu_tokenizer", None)
     if tokenizer is None:
         raise UsageError("the model carries no tokenizer; pass tokenizer=")
-    tensors, tied = _distinct(model.state_dict())
+    tensors, tied = distinct(model.state_dict())
     described = {
         name: describe(layer.quantized) | {"input": layer.path.to_dict(), "report": asdict(model.lqedu_reports[name])}
         for name, layer in layers.items()
@@ -258,7 +258,7 @@ def check_tensors(folder: Path, model: nn.Module, found: dict[str, tuple[tuple[i
         elif want[name].dtype != dtype and (name in exact or not want[name].is_floating_point()):
             problems.append(f"{name} has dtype {dtype}, expected {want[name].dtype}")
     if problems:
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: {_shorten(problems)}")
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: {shorten(problems)}")
 
 
 def _config(model: nn.Module) -> Any:
@@ -267,23 +267,3 @@ def _config(model: nn.Module) -> Any:
     config.dtype = model.dtype  # of the parameters; where it is missing transformers takes that of any scale it finds
     config.quantization_config = {"quant_method": "lqedu", "format_version": FORMAT_VERSION}
     return config
-
-
-def _shorten(problems: Iterable[str], most: int = 8) -> str:
-    problems = list(problems)
-    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + more
-
-
-def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors without repetition, and which names were copies of which (tied embeddings)."""
-    first: dict[tuple, str] = {}
-    tensors, tied = {}, {}
-    for name, tensor in state.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
-        if tensor.numel() and key in first:
-            tied[name] = first[key]
-        else:
-            first[key] = name
-            tensors[name] = tensor.detach().contiguous().cpu()
-    return tensors, tied

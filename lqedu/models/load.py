@@ -62,17 +62,16 @@ def load_model(
         model, tokenizer = load(name)
         _cast_parameters(model, dtype)
     elif Path(name).is_dir() and _is_imported(name):
-        from lqedu.checkpoint import import_model
-
-        model, tokenizer = import_model(name)
-        _cast_parameters(model, dtype)
+        model, tokenizer = _load_imported(Path(name), dtype)
     elif Path(name).is_dir():
         with _no_progress_bars():
             model, tokenizer = _load_dense(name, dtype)
     elif Path(name).exists() or not _HUB_ID.fullmatch(name):
         raise UsageError(_meaningless(name))
+    elif _is_quantized_on_hub(name):  # downloads take long: their progress bars stay
+        model, tokenizer = _load_imported(local_folder(name), dtype)
     else:
-        model, tokenizer = _load_dense(name, dtype)  # downloads take long: their progress bars stay
+        model, tokenizer = _load_dense(name, dtype)
     model.lqedu_tokenizer = tokenizer  # travels with the model through quantize, so that save can write both
     return model.to(device).requires_grad_(False).eval(), tokenizer
 
@@ -81,6 +80,22 @@ def _is_imported(name: str) -> bool:
     from lqedu.checkpoint.importing import is_quantized
 
     return is_quantized(Path(name))
+
+
+def _is_quantized_on_hub(name: str) -> bool:
+    from transformers import AutoConfig
+
+    with _explained(name, "config.json"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _load_imported(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, "PreTrainedTokenizerBase"]:
+    from lqedu.checkpoint import import_model
+
+    model, tokenizer = import_model(folder)
+    _cast_parameters(model, dtype)
+    return model, tokenizer
 
 
 def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lqedu
 from lqedu.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
@@ -140,6 +140,21 @@ def test_what_another_tool_quantized(tmp_path, folder, dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     layer, was = (m.get_submodule("model.layers.0.mlp.up_proj") for m in (model, quantized))
     assert layer.scale.dtype == torch.float16 and torch.equal(layer.codes, was.codes)
+
+
+def test_what_another_tool_quantized_on_the_hub(tmp_path, folder, monkeypatch):
+    quantized = lqedu.quantize(load_model(folder)[0], lqedu.methods.RTN(group_size=16))
+    out = lqedu.checkpoint.export(quantized, tmp_path / "awq", "awq")
+    real = AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        AutoConfig, "from_pretrained", lambda name, **more: real(out if name == "org/awq" else name, **more)
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **more: str(out))
+    model, _ = load_model("org/awq")
+    assert torch.equal(
+        model.get_submodule("model.layers.0.mlp.up_proj").codes,
+        quantized.get_submodule("model.layers.0.mlp.up_proj").codes,
+    )
 
 
 def test_truncated_weights(folder):

@@ -3,6 +3,7 @@
     rmsnorm     h = RMSNorm(x + residual) · weight                     the input of a product that is not quantized
     silu_mul    h = silu(gate) · up
     rope        q, k, v = heads of one product's output, q and k turned by the positions of their tokens
+    rope_append the same of each sequence's last token, whose key and value go to the pages of lqedu_kernels.kv16
 
 What :mod:`lqedu_kernels.quantize` does with codes at the end, for the layers that have none. One launch a step: at one token
 a step moves some kilobytes and costs what a launch costs, and a decoder layer written in torch operations has thirty of them.
@@ -11,6 +12,8 @@ Everything is computed in float32 and rounded to the dtype of x where transforme
 modules (norm, activation); inside RoPE transformers rounds three times, and this once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,10 +21,15 @@ from torch import Tensor
 
 from lqedu_kernels._numerics import to_dtype
 from lqedu_kernels._schedule import after_previous, overlapped
-from lqedu_kernels._tensors import check_tensor, target_of
+from lqedu_kernels._tensors import Target, check_tensor, target_of
+from lqedu_kernels.kv16 import kv16_append_reference
+from lqedu_kernels.kv_pages import PAGE, check_table
 from lqedu_kernels.quantize import reciprocal, rmsnorm_reference, silu_reference
 
-__all__ = ["rmsnorm", "rmsnorm_reference", "rope", "rope_reference", "silu_mul", "silu_reference"]
+__all__ = [
+    "rmsnorm", "rmsnorm_reference", "rope", "rope_append", "rope_append_reference", "rope_reference", "silu_mul",
+    "silu_reference",
+]  # fmt: skip
 
 #: Longest row of a norm, in elements: it is in registers from load to store.
 LONGEST = 32768
@@ -49,6 +57,22 @@ def rope_reference(
         x.float() * cos + torch.cat((-x[..., size // 2 :], x[..., : size // 2]), -1).float() * sin for x in (q, k)
     )
     return *(x.to(qkv.dtype) for x in turned), v.contiguous()
+
+
+def rope_append_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    **options: Any,
+) -> Tensor:
+    """:func:`rope_append` in plain torch."""
+    q, k, v = rope_reference(qkv, cos, sin, (lengths - 1).clamp(min=0), **options)
+    kv16_append_reference(k[:, :, None], v[:, :, None], keys, values, table, lengths)
+    return q
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -87,46 +111,60 @@ def _silu_kernel(p_gate, p_up, p_y, K, gate_stride, up_stride, BLOCK: tl.constex
 
 
 @triton.jit
+def _halves(p, m_d, HALF: tl.constexpr):
+    return tl.load(p, mask=m_d, other=0.0).to(tl.float32), tl.load(p + HALF, mask=m_d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_halves(p, b_low, b_high, m_d, HALF: tl.constexpr):
+    dtype: tl.constexpr = p.dtype.element_ty
+    tl.store(p, to_dtype(b_low, dtype), mask=m_d)
+    tl.store(p + HALF, to_dtype(b_high, dtype), mask=m_d)
+
+
+@triton.jit
 def _rope_kernel(
-    p_x, p_cos, p_sin, p_positions, p_q_norm, p_k_norm, p_q, p_k, p_v, eps,
+    p_x, p_cos, p_sin, p_positions, p_q_norm, p_k_norm, p_q, p_k, p_v, p_table, table_width, eps,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF2: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token a program, as its two halves."""
+    """One head of one token a program, as its two halves.
+
+    With a block table, tokens are the last ones of sequences, ``p_positions`` their lengths, and keys and values go to pages.
+    """
     after_previous(OVERLAP)
     dtype: tl.constexpr = p_q.dtype.element_ty
     HALF: tl.constexpr = D // 2
+    # 1. Place: where the head is, and where its key or value goes.
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     o_d = tl.arange(0, HALF2)
     m_d = o_d < HALF
-    p_in = p_x + (token * (HEADS + 2 * KV) + head) * D + o_d
-    b_low, b_high = (
-        tl.load(p_in, mask=m_d, other=0.0).to(tl.float32),
-        tl.load(p_in + HALF, mask=m_d, other=0.0).to(tl.float32),
-    )
+    position = tl.load(p_positions + token).to(tl.int64)
+    row = token * KV + head % KV  # HEADS is a multiple of KV: keys and values count on from 0
+    if p_table is not None:
+        position = tl.maximum(position - 1, 0)
+        page = tl.load(p_table + token * table_width + position // 64).to(tl.int64)
+        row = (page * KV + head % KV) * 64 + position % 64
+    b_low, b_high = _halves(p_x + (token * (HEADS + 2 * KV) + head) * D + o_d, m_d, HALF)
     if head >= HEADS + KV:
-        p_out = p_v + (token * KV + head - HEADS - KV) * D + o_d
-        tl.store(p_out, to_dtype(b_low, dtype), mask=m_d)
-        tl.store(p_out + HALF, to_dtype(b_high, dtype), mask=m_d)
+        _store_halves(p_v + row * D + o_d, b_low, b_high, m_d, HALF)
         return
+    # 2. Norm, of queries and of keys.
     if p_q_norm is not None:
         inverse = tl.rsqrt((tl.sum(b_low * b_low, 0) + tl.sum(b_high * b_high, 0)) / D + eps)
         p_norm = p_q_norm + o_d
         if head >= HEADS:
             p_norm = p_k_norm + o_d
-        b_low = to_dtype(b_low * inverse, dtype).to(tl.float32) * tl.load(p_norm, mask=m_d, other=0.0).to(tl.float32)
-        b_high = to_dtype(b_high * inverse, dtype).to(tl.float32) * tl.load(p_norm + HALF, mask=m_d, other=0.0).to(
-            tl.float32
-        )
-        b_low, b_high = to_dtype(b_low, dtype).to(tl.float32), to_dtype(b_high, dtype).to(tl.float32)
-    o_p = tl.load(p_positions + token).to(tl.int64) * D + o_d
-    cos_low, cos_high = tl.load(p_cos + o_p, mask=m_d, other=0.0), tl.load(p_cos + o_p + HALF, mask=m_d, other=0.0)
-    sin_low, sin_high = tl.load(p_sin + o_p, mask=m_d, other=0.0), tl.load(p_sin + o_p + HALF, mask=m_d, other=0.0)
+        low, high = _halves(p_norm, m_d, HALF)
+        b_low = to_dtype(to_dtype(b_low * inverse, dtype).to(tl.float32) * low, dtype).to(tl.float32)
+        b_high = to_dtype(to_dtype(b_high * inverse, dtype).to(tl.float32) * high, dtype).to(tl.float32)
+    # 3. Turn and store.
+    cos_low, cos_high = _halves(p_cos + position * D + o_d, m_d, HALF)
+    sin_low, sin_high = _halves(p_sin + position * D + o_d, m_d, HALF)
     p_out = p_q + (token * HEADS + head) * D + o_d
     if head >= HEADS:
-        p_out = p_k + (token * KV + head - HEADS) * D + o_d
-    tl.store(p_out, to_dtype(b_low * cos_low - b_high * sin_low, dtype), mask=m_d)
-    tl.store(p_out + HALF, to_dtype(b_high * cos_high + b_low * sin_high, dtype), mask=m_d)
+        p_out = p_k + row * D + o_d
+    _store_halves(p_out, b_low * cos_low - b_high * sin_low, b_high * cos_high + b_low * sin_high, m_d, HALF)
 
 
 # --- what is called ---------------------------------------------------------------------------------------------------
@@ -224,21 +262,71 @@ def rope(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, device or layout than this; see the message.
     """
-    check_tensor("cos", cos, dtype=torch.float32, shape=(None, None), device=getattr(qkv, "device", None))
-    size = cos.shape[1]
-    check_tensor("qkv", qkv, dtype=_FLOATS, shape=(None, (heads + 2 * kv_heads) * size), device=cos.device)
-    target = target_of(qkv, "qkv")
-    check_tensor("sin", sin, dtype=torch.float32, shape=tuple(cos.shape), device=cos.device)
-    check_tensor("positions", positions, dtype=torch.int32, shape=(len(qkv),), device=cos.device)
-    if size % 2:
-        raise ValueError(f"cos has {size} columns, but a head is turned in pairs of features: take an even head size")
-    for name, norm in zip(("norms[0]", "norms[1]"), norms or (), strict=norms is not None):
-        check_tensor(name, norm, dtype=qkv.dtype, shape=(size,), device=qkv.device)
+    target, size = _check_rope(qkv, cos, sin, heads, kv_heads, norms)
+    check_tensor("positions", positions, dtype=torch.int32, shape=(len(qkv),), device=qkv.device)
     m = len(qkv)
     q, k, v = (torch.empty(m, n, size, dtype=qkv.dtype, device=qkv.device) for n in (heads, kv_heads, kv_heads))
     if m:
         _rope_kernel[(m, heads + 2 * kv_heads)](
-            qkv, cos, sin, positions, *(norms or (None, None)), q, k, v, eps,
+            qkv, cos, sin, positions, *(norms or (None, None)), q, k, v, None, 0, eps,
             HEADS=heads, KV=kv_heads, D=size, HALF2=triton.next_power_of_2(size // 2), num_warps=1, **overlapped(target),
         )  # fmt: skip
     return q, k, v
+
+
+def rope_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """:func:`rope` of the last token of each sequence, whose key and value go straight to their pages.
+
+    Args:
+        qkv, cos, sin, heads, kv_heads, norms, eps: as there, a row a sequence.
+        keys, values: pages ``[pages, kv_heads, 64, D]`` in the dtype of qkv, see :mod:`lqedu_kernels.kv16`; changed.
+        table: int32 ``[batch, pages of the longest sequence]``.
+        lengths: int32 ``[batch]``, tokens of each sequence with the new one, at least 1.
+
+    Returns:
+        Queries ``[batch, heads, D]``.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, device or layout than this; see the message.
+    """
+    target, size = _check_rope(qkv, cos, sin, heads, kv_heads, norms)
+    check_tensor("keys", keys, dtype=qkv.dtype, shape=(None, kv_heads, PAGE, size), device=qkv.device, what="pages")
+    check_tensor("values", values, dtype=qkv.dtype, shape=tuple(keys.shape), device=qkv.device, what="pages")
+    check_table(table, lengths, len(qkv), qkv.device)
+    q = torch.empty(len(qkv), heads, size, dtype=qkv.dtype, device=qkv.device)
+    if len(qkv):
+        _rope_kernel[(len(qkv), heads + 2 * kv_heads)](
+            qkv, cos, sin, lengths, *(norms or (None, None)), q, keys, values, table, table.shape[1], eps,
+            HEADS=heads, KV=kv_heads, D=size, HALF2=triton.next_power_of_2(size // 2), num_warps=1, **overlapped(target),
+        )  # fmt: skip
+    return q
+
+
+def _check_rope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, norms: tuple[Tensor, Tensor] | None
+) -> tuple[Target, int]:
+    check_tensor("cos", cos, dtype=torch.float32, shape=(None, None), device=getattr(qkv, "device", None))
+    size = cos.shape[1]
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, both at least 1, got {heads} and {kv_heads}")
+    check_tensor("qkv", qkv, dtype=_FLOATS, shape=(None, (heads + 2 * kv_heads) * size), device=cos.device)
+    target = target_of(qkv, "qkv")
+    check_tensor("sin", sin, dtype=torch.float32, shape=tuple(cos.shape), device=cos.device)
+    if size % 2:
+        raise ValueError(f"cos has {size} columns, but a head is turned in pairs of features: take an even head size")
+    for name, norm in zip(("norms[0]", "norms[1]"), norms or (), strict=norms is not None):
+        check_tensor(name, norm, dtype=qkv.dtype, shape=(size,), device=qkv.device)
+    return target, size

@@ -90,10 +90,11 @@ def measure_shape(
             for batch in batches:
                 memory = predict(shape, form, batch=batch, tokens=context + steps + WARM + 1, positions=positions)
                 row: Row = {"name": "decode", "format": name, "batch": batch, "context": context}
-                row["predicted_bytes"] = memory.total
                 if memory.total > room:
-                    yield row | {"name": "too large", "room_bytes": int(room)}
+                    yield row | {"name": "too large", "predicted_bytes": memory.total, "room_bytes": int(room)}
                     continue
+                if isinstance(model, Decoder):  # transformers takes what it takes
+                    row["predicted_bytes"] = memory.total
                 run = _decode if isinstance(model, Decoder) else model.decode
                 yield row | _guarded(run, model, batch, context, steps, seed)
         del model

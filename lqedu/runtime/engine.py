@@ -155,9 +155,8 @@ class Engine:
         positions = cache.lengths - 1
         x, residual = embedding(self.tokens, d.embedding), None
         for index, layer in enumerate(d.layers):
-            residual, query, key, value = self._heads(layer, x, residual, positions)
-            cache.append(index, key[:, :, None], value[:, :, None], cache.table, cache.lengths)
-            mixed = cache.attend(index, query, d.scaling)
+            qkv, residual = layer.qkv.after_norm(x, layer.input_norm, d.eps, residual)
+            mixed = cache.attend(index, self._store(index, qkv, positions), d.scaling)
             x, residual = self._rest(layer, mixed.reshape(len(x), -1), residual)
         logits = linear(norm(x, d.norm, d.eps, residual)[0], d.head)
         self.tokens.copy_(logits.argmax(-1))
@@ -171,7 +170,8 @@ class Engine:
         positions = torch.arange(length, dtype=torch.int32, device=ids.device).repeat(texts)
         x, residual = embedding(ids.flatten(), d.embedding), None
         for index, layer in enumerate(d.layers):
-            residual, *heads = self._heads(layer, x, residual, positions)
+            qkv, residual = layer.qkv.after_norm(x, layer.input_norm, d.eps, residual)
+            heads = self._heads(layer, qkv, positions)
             query, key, value = (t.unflatten(0, (texts, length)).transpose(1, 2) for t in heads)
             key, value = key.contiguous(), value.contiguous()
             cache.append(index, key, value, table, lengths)
@@ -183,10 +183,22 @@ class Engine:
         last = torch.arange(texts, device=ids.device) * length + length - 1
         return linear(norm(x[last], d.norm, d.eps, residual[last])[0], d.head)
 
-    def _heads(self, layer: Layer, x: Tensor, residual: Tensor | None, positions: Tensor) -> tuple[Tensor, ...]:
-        """The stream, and queries, keys and values ``[tokens, heads, head_dim]`` in the basis in which they are stored."""
+    def _store(self, index: int, qkv: Tensor, positions: Tensor) -> Tensor:
+        """Append keys and values of the new tokens to the pages of a layer; their queries ``[texts, heads, head_dim]``."""
+        d, cache, layer = self.decoder, self.cache, self.decoder.layers[index]
+        if d.path is None:  # nothing to round or to transform: straight to the pages
+            run = kernel_function("steps16", "rope_append", "rope_append_reference", qkv)
+            return run(
+                qkv, d.cos, d.sin, *cache.layers[index], cache.table, cache.lengths,
+                heads=d.heads, kv_heads=d.kv_heads, norms=layer.head_norms, eps=d.eps,
+            )  # fmt: skip
+        query, key, value = self._heads(layer, qkv, positions)
+        cache.append(index, key[:, :, None], value[:, :, None], cache.table, cache.lengths)
+        return query
+
+    def _heads(self, layer: Layer, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[tokens, heads, head_dim]`` in the basis in which they are stored."""
         d = self.decoder
-        qkv, residual = layer.qkv.after_norm(x, layer.input_norm, d.eps, residual)
         rope = kernel_function("steps16", "rope", "rope_reference", qkv)
         query, key, value = rope(
             qkv, d.cos, d.sin, positions, heads=d.heads, kv_heads=d.kv_heads, norms=layer.head_norms, eps=d.eps
@@ -195,7 +207,7 @@ class Engine:
             key = centred(key, layer.key_mean[:, 0])
         if d.path is not None and d.path.hadamard:
             query, key = (_transformed(t) for t in (query, key))
-        return residual, query, key, value
+        return query, key, value
 
     def _rest(self, layer: Layer, mixed: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """A layer behind its attention."""

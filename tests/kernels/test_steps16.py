@@ -13,7 +13,16 @@ from lqedu_kernels.kv16 import (
     kv16_attention,
     kv16_attention_reference,
 )
-from lqedu_kernels.steps16 import rmsnorm, rmsnorm_reference, rope, rope_reference, silu_mul, silu_reference
+from lqedu_kernels.steps16 import (
+    rmsnorm,
+    rmsnorm_reference,
+    rope,
+    rope_append,
+    rope_append_reference,
+    rope_reference,
+    silu_mul,
+    silu_reference,
+)
 from tests.compare import assert_close_by_column
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -101,6 +110,30 @@ def test_append(new: int, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norms", [False, True])
+def test_rope_to_pages(norms: bool, dtype: torch.dtype, device: torch.device) -> None:
+    size, heads = 48, 4
+    keys, values, table, lengths = cache(size, dtype, device)
+    qkv = randn(3, (heads + 4) * size, seed=16, dtype=dtype, device=device)
+    angles = torch.arange(160)[:, None] * torch.rand(size // 2, generator=torch.Generator().manual_seed(5))
+    cos, sin = (torch.cat((t, t), 1).to(device) for t in (angles.cos(), angles.sin()))
+    options: dict = {"heads": heads, "kv_heads": 2}
+    if norms:
+        options |= {"norms": tuple(randn(size, seed=s, dtype=dtype, device=device) for s in (6, 7)), "eps": 1e-6}
+    want = keys.clone(), values.clone()
+    query = rope_append_reference(qkv, cos, sin, *want, table, lengths, **options)
+    before = keys.clone()
+    got = rope_append(qkv, cos, sin, keys, values, table, lengths, **options)
+    close = {"rtol": 3 * ROUNDING[dtype], "atol": 2 * ROUNDING[dtype]}
+    torch.testing.assert_close(got, query, **close)
+    torch.testing.assert_close(keys, want[0], **close)
+    assert torch.equal(values, want[1])
+    assert int((keys != before).any(-1).any(1).sum()) == 3  # one token of each sequence, and no other
+    separate = rope(qkv, cos, sin, lengths - 1, **options)
+    assert torch.equal(got, separate[0]) and torch.equal(keys[4, :, 149 - 128], separate[1][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "heads"), [(64, 2), (48, 8), (128, 40)])
 def test_attention(size: int, heads: int, dtype: torch.dtype, device: torch.device) -> None:
     keys, values, table, lengths = cache(size, dtype, device)
@@ -150,6 +183,7 @@ def test_configuration_and_bytes() -> None:
         (lambda x: silu_mul(x, x[:, :4]), "on one device with rows of consecutive elements"),
         (lambda x: rope(x, x[:, :16].float().contiguous(), None, None, heads=2, kv_heads=1), "sin must be a tensor"),
         (lambda x: rope(x, x[:, :8].float().contiguous(), None, None, heads=2, kv_heads=1), r"qkv must have shape \[any, 32\]"),
+        (lambda x: rope(x, x[:, :8].float().contiguous(), None, None, heads=3, kv_heads=2), "heads must be a multiple of kv_heads"),
         (lambda x: kv16_attention(x[:, None].contiguous(), None, None, None, None), r"keys \(pages\) must be a tensor"),
     ],
 )  # fmt: skip

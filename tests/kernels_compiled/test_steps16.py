@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lqedu_kernels.kv16 import kv16_append, kv16_attention
-from lqedu_kernels.steps16 import rmsnorm, rope, silu_mul
+from lqedu_kernels.steps16 import rmsnorm, rope, rope_append, silu_mul
 from tests.kernels_compiled.compiler import SHARED, Compiled, compiling_for
 
 CAPABILITIES = ((8, 0), (8, 9), (9, 0))
@@ -19,6 +19,7 @@ def check(kernels: list[Compiled], capability: tuple[int, int], count: int) -> N
     for kernel in kernels:
         assert kernel.spills == 0, kernel.name
         assert kernel.shared <= SHARED[capability], kernel.name
+        assert ("griddepcontrol.wait" in kernel.ptx) == (capability >= (9, 0)), kernel.name
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -30,7 +31,9 @@ def test_steps(capability: tuple[int, int]) -> None:
         silu_mul(*half(4, 2 * 14336).chunk(2, 1))
         rope(half(4, 48 * 128), table, table, positions, heads=32, kv_heads=8)
         rope(half(4, 48 * 128), table, table, positions, heads=32, kv_heads=8, norms=(half(128), half(128)), eps=1e-6)
-    check(found, capability, 5)
+        pages, blocks = half(8, 8, 64, 128), torch.empty(4, 8, dtype=torch.int32)
+        rope_append(half(4, 48 * 128), table, table, pages, pages, blocks, positions, heads=32, kv_heads=8)
+    check(found, capability, 6)
     assert "ld.global.v4" in found[0].ptx or ".v4.b32" in found[0].ptx  # 16 bytes a thread
 
 

@@ -187,7 +187,10 @@ def test_rectangles_hold_every_text_once() -> None:
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
 def test_a_captured_step_is_the_step(pair: tuple[nn.Module, str]) -> None:
     decoder, rows = decoder_of(_moved(pair[0]), torch.float16), texts()
-    assert torch.equal(logits_of_engine(decoder, rows, graph=True), logits_of_engine(decoder, rows, graph=False))
+    eager = logits_of_engine(decoder, rows, graph=False)
+    assert (
+        relative_error(logits_of_engine(decoder, rows, graph=True), eager) < 2.0**-10
+    )  # cuBLAS may choose otherwise inside
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ of vLLM, max|x| / 127.5 in the simulation of compressed-tensors itself, so its l
 same number for number. Not written: ``transform_config`` (rotations that run online), ``kv_cache_scheme`` (constants for a
 whole layer, where our keys and values have a scale for each token of each head).
 
+transformers 5.23 cannot load packed zero points into packed weights; ``CompressedTensorsConfig(dequantize=True)`` loads them.
+
 Source: compressed-tensors 0.19.0 ``quantization/quant_args.py``, ``compressors``. Chapter ``21-serving``.
 """
 

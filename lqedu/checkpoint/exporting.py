@@ -122,7 +122,7 @@ def exported(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str
         config["kv_bits"] = attention.key.bits
     others = distinct({key: tensor for key, tensor in model.state_dict().items() if key not in own})[0]
     tensors |= others
-    return {name: tensor.contiguous().cpu().clone() for name, tensor in tensors.items()}, config
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, config
 
 
 def _on_cpu(parts: LinearParts) -> LinearParts:

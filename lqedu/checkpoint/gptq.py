@@ -13,6 +13,9 @@ A symmetric grid is stored with z = 2**(b-1). In version 1 that is the well-know
 refused. Exports are version 1; both are read, with any ``g_idx`` whose groups have one size: act-order becomes a
 :class:`lqedu.runtime.permuted.PermutedWeight`.
 
+Who reads it: GPTQModel and transformers all of it, vLLM 0.33 symmetric grids of 4 and 8 bits only (``symmetric=True`` of a
+method).
+
 Sources: GPTQModel 7.7.0 ``nn_modules/qlinear``, which is where files are read today. Chapter ``21-serving``.
 """
 

@@ -145,7 +145,7 @@ def _install(
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     try:
         schemes = layout.schemes(config, shapes, set(shards))
-        notes = _keys_and_values(model, method, config)
+        notes = _keys_and_values(model, method, config, set(shards))
     except (CheckpointError, GridError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if not schemes:
@@ -171,7 +171,7 @@ def _install(
     return notes
 
 
-def _keys_and_values(model: nn.Module, method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+def _keys_and_values(model: nn.Module, method: str, config: Mapping[str, Any], names: set[str]) -> tuple[str, ...]:
     """Store keys and values as a config says, where lqedu has the grid; returns what to note where not."""
     if method == qserve.NAME and (bits := config.get("kv_bits")) is not None:
         from lqedu.runtime.attention import AttentionPath, set_attention_path
@@ -179,9 +179,9 @@ def _keys_and_values(model: nn.Module, method: str, config: Mapping[str, Any]) -
         if bits not in (4, 8):
             raise CheckpointError(f"'kv_bits' of its quantization config is {bits!r}; it is 4 or 8")
         set_attention_path(model, AttentionPath(key=KVInt(bits), value=KVInt(bits)))
-    if config.get("kv_cache_scheme"):
+    if config.get("kv_cache_scheme") or any(name.rpartition(".")[2] in _OF_ATTENTION for name in names):
         return (
-            "keys and values are left in floating point: the file has one scale a layer for them (kv_cache_scheme); "
+            "keys and values are left in floating point: the file has constant scales for them (kv_cache_scheme); "
             "lqedu.runtime.quantize_kv stores them in few bits with a scale a token",
         )
     return ()

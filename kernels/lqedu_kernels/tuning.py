@@ -9,7 +9,7 @@ the nearest shape and the next larger number of rows; on any other GPU, and for 
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 
 from lqedu_kernels._tensors import Target
@@ -41,9 +41,14 @@ def configuration(operation: str, m: int, n: int, k: int, *, gpu: str) -> Config
         gpu: the device's name as torch spells it.
     """
     file = next((f for start, f in _FILES.items() if gpu.startswith(start)), None)
-    entries = _table(file).get(operation, []) if file else []
-    if not entries:
-        return None
+    return None if file is None else _nearest(_table, file, operation, m, n, k)
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a search takes a hundred times as long as finding what it found
+def _nearest(
+    table: Callable[[str], Mapping[str, list[dict]]], file: str, operation: str, m: int, n: int, k: int
+) -> Config | None:
+    entries = table(file).get(operation, [])
 
     def factors(entry: dict) -> tuple[float, float]:
         return tuple(max(entry[side] / size, size / entry[side]) for side, size in (("n", n), ("k", k)))

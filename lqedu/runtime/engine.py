@@ -69,6 +69,8 @@ class Engine:
     def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
         """Read a prompt of each text, from its first token.
 
+        This is not captured, because each length would be a graph of its own: launches of a short prompt wait for Python.
+
         Args:
             prompts: token ids, int64 ``[length]`` each, at least one token and at most the text's capacity.
 

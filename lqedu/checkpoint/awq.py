@@ -8,9 +8,9 @@ With K inputs, N outputs, G groups, for each linear layer::
 
     Ŵ[n, k] = scales[g, n] (code[n, k] - z[n, g]),  g = k // group_size
 
-Nibble i of word c holds output ``8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]``: even ones low, odd ones high, which a kernel splits with
-one shift. The layout has four bits only. A symmetric grid is stored with z = 8; ``"sym": true`` in the config, which only
-lqedu reads, tells it from one whose zero points happen to be 8.
+Nibble i of word c holds output ``8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]``: even ones low, odd ones high, which a kernel
+splits with one shift. The layout has four bits only. A symmetric grid is stored with z = 8; ``"sym": true`` in the
+config, which only lqedu reads, tells it from one whose zero points happen to be 8.
 
 Source: AutoAWQ 0.2.9 ``modules/linear/gemm.py``. Chapter ``21-serving``.
 """

@@ -10,12 +10,13 @@ With b bits, K inputs, N outputs, for each linear layer::
 
     Ŵ = weight_scale (code - weight_zero_point),  signed codes and zero points: ours less 2**(b-1)
 
-What the files leave to who reads them: the scale of a dynamic symmetric int8 input. It is max|x| / 127 here and in the kernels
-of vLLM, max|x| / 127.5 in the simulation of compressed-tensors itself, so its logits differ a little. Every other grid is the
-same number for number. Not written: ``transform_config`` (rotations that run online), ``kv_cache_scheme`` (constants for a
-whole layer, where our keys and values have a scale for each token of each head).
+What the files leave to who reads them: the scale of a dynamic symmetric int8 input. It is max|x| / 127 here and in
+the kernels of vLLM, max|x| / 127.5 in the simulation of compressed-tensors itself, so its logits differ a little.
+Every other grid is the same number for number. Not written: ``transform_config`` (rotations that run online),
+``kv_cache_scheme`` (constants for a whole layer, where our keys and values have a scale for each token of each head).
 
-transformers 5.23 cannot load packed zero points into packed weights; ``CompressedTensorsConfig(dequantize=True)`` loads them.
+transformers 5.23 cannot load packed zero points into packed weights; ``CompressedTensorsConfig(dequantize=True)``
+loads them.
 
 Source: compressed-tensors 0.19.0 ``quantization/quant_args.py``, ``compressors``. Chapter ``21-serving``.
 """
@@ -158,7 +159,7 @@ def schemes(
     return result
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def _encode_packed(weight: QTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,9 +15,9 @@ What goes where (each cell is what a method has to be asked for; nothing is appr
     qoq           group_size=null, kv_bits=null      -               -        yes
     fp8           kv="none"                          -               -        -
 
-Everywhere: groups along the inputs, integer zero points (gptq: none of 0), and keys and values in floating point but for qserve,
-whose kernels keep them in 4 or 8 bits. A symmetric grid is written with the zero point in the middle, 8 of 4 bits. The table is
-tested: tests/checkpoint/test_export.py tries every cell. Chapter ``21-serving``.
+Everywhere: groups along the inputs, integer zero points (gptq: none of 0), and keys and values in floating point but
+for qserve, whose kernels keep them in 4 or 8 bits. A symmetric grid is written with the zero point in the middle, 8
+of 4 bits. The table is tested: tests/checkpoint/test_export.py tries every cell. Chapter ``21-serving``.
 """
 
 import json
@@ -58,8 +58,8 @@ def export(
 ) -> Path:
     """Write a quantized model in the format of another tool to a new folder, all of it or nothing.
 
-    Codes, scales and zero points are those of the model, bit for bit, and :func:`import_model` gives them back. Embeddings,
-    norms and biases are written in the dtype they have: call ``model.half()`` before for smaller files.
+    Codes, scales and zero points are those of the model, bit for bit, and :func:`import_model` gives them back.
+    Embeddings, norms and biases are written in the dtype they have: call ``model.half()`` before for smaller files.
 
     Args:
         model: a model that :func:`lqedu.quantize` or :func:`lqedu.load_model` returned.
@@ -102,7 +102,7 @@ def export(
 
 
 def exported(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a quantized model in a format, on the CPU, and its ``quantization_config`` (ExportError as :func:`export`)."""
+    """All tensors of a model in a format, on the CPU, and its ``quantization_config`` (ExportError as in ``export``)."""
     layout, layers = LAYOUTS[format], quantized_linears(model)
     attention = getattr(model, "lqedu_attention", None)
     _explain(lambda: _check_attention(attention, format), model, "the attention", format)

@@ -9,12 +9,12 @@ With b bits, K inputs, N outputs, G groups, for each linear layer::
 
     Ŵ[n, k] = scales[g, n] (code[n, k] - z[n, g]),  g = g_idx[k]
 
-A symmetric grid is stored with z = 2**(b-1). In version 1 that is the well-known nibble 7; a zero point of 0 would be -1 and is
-refused. Exports are version 1; both are read, with any ``g_idx`` whose groups have one size: act-order becomes a
-:class:`lqedu.runtime.permuted.PermutedWeight`.
+A symmetric grid is stored with z = 2**(b-1). In version 1 that is the well-known nibble 7; a zero point of 0 would be
+-1 and is refused. Exports are version 1; both are read, with any ``g_idx`` whose groups have one size: act-order
+becomes a :class:`lqedu.runtime.permuted.PermutedWeight`.
 
-Who reads it: GPTQModel and transformers all of it, vLLM 0.33 symmetric grids of 4 and 8 bits only (``symmetric=True`` of a
-method).
+Who reads it: GPTQModel and transformers all of it, vLLM 0.33 symmetric grids of 4 and 8 bits only (``symmetric=True``
+of a method).
 
 Sources: GPTQModel 7.7.0 ``nn_modules/qlinear``, which is where files are read today. Chapter ``21-serving``.
 """

@@ -1,9 +1,9 @@
 """Opening what other tools quantized: ``lqedu.checkpoint.import_model``.
 
-GPTQ (version 1 and 2, act-order), AWQ ("gemm"), compressed-tensors (pack-, int-, float- and naive-quantized, FP8 in blocks) and the
-W4A8 layout of QServe. Codes, scales and zero points are taken as they are; nothing is computed from them but the model's
-output. What config.json asks for and lqedu does not have is refused by name. Files are safetensors and JSON: no pickle is opened
-and no code of the folder runs. Chapter ``21-serving``.
+GPTQ (version 1 and 2, act-order), AWQ ("gemm"), compressed-tensors (pack-, int-, float- and naive-quantized, FP8 in
+blocks) and the W4A8 layout of QServe. Codes, scales and zero points are taken as they are; nothing is computed from
+them but the model's output. What config.json asks for and lqedu does not have is refused by name. Files are
+safetensors and JSON: no pickle is opened and no code of the folder runs. Chapter ``21-serving``.
 """
 
 import json
@@ -31,17 +31,17 @@ _COMPUTED = ("rotary_emb.inv_freq",)  # buffers of old files that a model comput
 def import_model(folder: Path | str) -> tuple[nn.Module, Any]:
     """Read a folder that another tool, or :func:`export`, wrote.
 
-    Keys and values are left as they come, whatever a ``kv_cache_scheme`` says, except those of an export to QServe; the model's
-    ``lqedu_notes`` tell. So they do of anything else that is not as the file has it.
+    Keys and values are left as they come, whatever a ``kv_cache_scheme`` says, except those of an export to QServe;
+    the model's ``lqedu_notes`` tell. So they do of anything else that is not as the file has it.
 
     Returns:
-        ``(model, tokenizer)``. The linear layers keep the packed codes; other tensors have the dtype they are stored in. The
-        model can be evaluated, saved (:func:`lqedu.save`) and exported.
+        ``(model, tokenizer)``. The linear layers keep the packed codes; other tensors have the dtype they are stored
+        in. The model can be evaluated, saved (:func:`lqedu.save`) and exported.
 
     Raises:
         UsageError: no such folder.
         UnsupportedModelError: a quantization method or an architecture that lqedu does not know, or no quantized model.
-        CheckpointError: files that are missing, truncated, not safetensors or that do not fit their config; the sentence
+        CheckpointError: files that are missing, truncated, not safetensors or unfit for their config; the sentence
             names what is wrong.
     """
     folder = Path(folder)
@@ -69,7 +69,7 @@ def import_model(folder: Path | str) -> tuple[nn.Module, Any]:
 
 
 def open_quantized(folder: Path | str) -> tuple[nn.Module, Any]:
-    """A quantized model and its tokenizer from a folder that :func:`lqedu.save` or another tool wrote, in the dtypes it has.
+    """A quantized model and its tokenizer from a folder that :func:`lqedu.save` or another tool wrote, as it is stored.
 
     Raises:
         UsageError: a dense model, or no folder.
@@ -139,7 +139,7 @@ def _frame(folder: Path) -> tuple[nn.Module, Any]:
 def _install(
     folder: Path, model: nn.Module, shards: Shards, rest: set[str], method: str, config: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Replace the linear layers by quantized ones; takes the names of their tensors out of ``rest``, returns what to note."""
+    """Replace linear layers by quantized ones; takes the names of their tensors out of ``rest``, returns notes."""
     layout = LAYOUTS[method]
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}

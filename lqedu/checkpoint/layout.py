@@ -8,8 +8,8 @@ Every module beside this one describes one layout by the same five names::
     config(schemes, dense)           config.json's ``quantization_config`` for all layers
     schemes(config, shapes, names)   the inverse: what it says of each linear layer
 
-None of them changes a number. A layer that a layout cannot hold is an :class:`lqedu.errors.ExportError`, a file that does
-not keep to its layout a :class:`lqedu.errors.CheckpointError`. Chapter ``21-serving``.
+None of them changes a number. A layer that a layout cannot hold is an :class:`lqedu.errors.ExportError`, a file that
+does not keep to its layout a :class:`lqedu.errors.CheckpointError`. Chapter ``21-serving``.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ def parts_of(layer: QuantLinear) -> LinearParts:
     return LinearParts(layer.quantized, layer.path, static)
 
 
-# --- to a file ----------------------------------------------------------------------------------------------------------
+# --- to a file --------------------------------------------------------------------------------------------------------
 
 
 def weight_only(linear: LinearParts, layout: str) -> QTensor:
@@ -93,7 +93,7 @@ def refuse_transform(path: InputPath) -> None:
 
 
 def unsigned(weight: QTensor) -> tuple[Tensor, Tensor]:
-    """Codes ``[out, in]`` and zero points ``scale_shape``, both uint8: those of a symmetric grid have ``2**(b-1)`` added."""
+    """Codes ``[out, in]`` and zero points, both uint8: those of a symmetric grid have ``2**(b-1)`` added."""
     if weight.zero is not None:
         return weight.codes, weight.zero
     half = 1 << (weight.grid.bits - 1)
@@ -110,7 +110,7 @@ def exactly(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     return cast
 
 
-# --- from a file --------------------------------------------------------------------------------------------------------
+# --- from a file ------------------------------------------------------------------------------------------------------
 
 
 def from_unsigned(codes: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid) -> QTensor:
@@ -180,7 +180,7 @@ def field(config: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], 
 def group_grid(bits: int, symmetric: bool, group_size: int, scale_dtype: torch.dtype) -> IntGrid:
     """The grid of a weight whose config says ``bits`` and ``group_size``, where -1 is one scale a row.
 
-    How the scales were found is not in any file: the grid names the usual formula of its kind, and nothing depends on it.
+    How the scales were found is in no file: the grid names the usual formula of its kind, and nothing depends on it.
     """
     if group_size == -1:
         return IntGrid(bits, symmetric, "channel", scale_dtype=scale_dtype)
@@ -188,7 +188,7 @@ def group_grid(bits: int, symmetric: bool, group_size: int, scale_dtype: torch.d
 
 
 def one_scheme(schemes: Mapping[str, dict], layout: str) -> dict:
-    """What all layers have in common, for a layout whose config cannot tell them apart (ExportError where they differ)."""
+    """What all layers have in common, where a config cannot tell them apart (ExportError where they differ)."""
     first, *others = schemes.items()
     for name, scheme in others:
         if scheme != first[1]:

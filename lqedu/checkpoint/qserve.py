@@ -6,17 +6,17 @@ With K inputs, N outputs, groups of 128, for each linear layer::
     per channel  s1_scales float16 [N], s1_szeros float16 [N]              Ŵ = s1 q - szeros,   szeros = z s1
     per group    s1_scales float16 [N], s2_scales, s2_zeros int8 [G, N]    Ŵ = s1 (q s2 + s2_zeros mod 256),  s2_zeros = -z s2
 
-Tiles of 32 outputs by 32 inputs follow each other. Inside one, byte (r, 4 f + e) of a row r = 4 a + b of 16 bytes holds the
-codes of two outputs that lie 16 apart::
+Tiles of 32 outputs by 32 inputs follow each other. Inside one, byte (r, 4 f + e) of a row r = 4 a + b of 16 bytes
+holds the codes of two outputs that lie 16 apart::
 
     low nibble   output  8 (f mod 2) + a        input 16 (f div 2) + 4 b + e         high nibble   output 16 more
 
 so that a thread finds what it multiplies in one word. Group scales and zeros of 32 outputs come in the order
 0, 8, 16, 24, 1, 9, ... for the same reason.
 
-``s1_szeros`` is z s1 rounded to float16: z is recovered exactly, and the product that QServe computes differs from
-s1 (q - z) by that rounding, at most ``2**-11`` of z s1. Inputs are int8 with one scale a token, as the kernels make them. The files
-of QServe carry no config; exports write one that lqedu reads (``group_size``, ``sym``, ``zero``).
+``s1_szeros`` is z s1 rounded to float16: z is recovered exactly, and the product that QServe computes differs from s1
+(q - z) by that rounding, at most ``2**-11`` of z s1. Inputs are int8 with one scale a token, as the kernels make
+them. The files of QServe carry no config; exports write one that lqedu reads (``group_size``, ``sym``, ``zero``).
 
 Source: QServe ``modeling/layers/quantized_linear/w4a8_linear.py`` (mit-han-lab/omniserve, commit 02b2925). Chapters
 ``14-qoq``, ``21-serving``.

@@ -1,7 +1,8 @@
 """A weight whose inputs are sorted by group, and the layer that sorts its input in the same way.
 
-GPTQ with ``desc_act`` and no static groups rounds columns in the order of their activations and lets whichever come next
-share a scale. Its file says which group each input belongs to (``g_idx``). Sorted by group, the weight is on an ordinary grid:
+GPTQ with ``desc_act`` and no static groups rounds columns in the order of their activations and lets whichever come
+next share a scale. Its file says which group each input belongs to (``g_idx``). Sorted by group, the weight is on an
+ordinary grid:
 
     y = x W^T = x[order] W[:, order]^T
 

@@ -1,4 +1,4 @@
-"""Whole models out to another tool's format and back: which method goes where, nothing changed, nothing half-written."""
+"""Whole models to another tool's format and back: which method goes where, nothing changed, nothing half-written."""
 
 import itertools
 import json

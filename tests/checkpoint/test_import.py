@@ -1,4 +1,4 @@
-"""Opening folders of other tools: what they hold, how old tools wrote it, and everything that can be wrong with them."""
+"""Opening folders of other tools: what they hold, how old tools wrote it, and what can be wrong with them."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def logits(folder: Path) -> torch.Tensor:
         return import_model(folder)[0](tiny_windows()).logits
 
 
-# --- as other tools and older ones write it -----------------------------------------------------------------------------
+# --- as other tools and older ones write it ---------------------------------------------------------------------------
 
 
 def test_act_order(gptq: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_static_kv_cache_scheme_is_left_out_and_said_so(tmp_path: Path) -> Non
         assert torch.equal(model(tiny_windows()).logits, want)
 
 
-# --- what is wrong ------------------------------------------------------------------------------------------------------
+# --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
 def say(**fields):

@@ -1,4 +1,4 @@
-"""Each foreign layout, a layer at a time: bit for bit through the file, and against formulas written from its description."""
+"""Each foreign layout, a layer at a time: bit for bit through the file, and against formulas of its description."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ def integer_grids(bits: st.SearchStrategy, groups: list[int | None]) -> st.Searc
 FAST = settings(max_examples=25, deadline=None)
 
 
-# --- round trips --------------------------------------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 
 @FAST
@@ -188,7 +188,7 @@ def test_qserve_per_group(kind, rows, columns, seed):
     assert_same(there_and_back(qserve, parts, (rows, columns)), parts)
 
 
-# --- against formulas written from the descriptions ---------------------------------------------------------------------
+# --- against formulas written from the descriptions -------------------------------------------------------------------
 
 
 def word(tensor: Tensor, *index: int) -> int:
@@ -314,7 +314,7 @@ def test_qserve_per_group_decodes_by_the_rule_of_its_kernel(kind):
     assert torch.equal(w8.double() * t["s1_scales"].double()[:, None], weight.dequantize(torch.float64))
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 GROUPS = IntGrid(4, granularity="group", group_size=32)
 

@@ -1,8 +1,8 @@
 """Let other tools write small checkpoints, and keep them with what the tools make of them.
 
-Run in the environment of requirements.txt, from the repository root: ``peers/bin/python tests/parity/make_export_goldens.py``.
-Writes goldens/export.safetensors (tensors of each checkpoint, one dequantized weight, logits) and goldens/export.json (each
-config.json, versions, digest). test_export_peers.py reads both.
+Run in the environment of requirements.txt, from the repository root: ``peers/bin/python
+tests/parity/make_export_goldens.py``. Writes goldens/export.safetensors (tensors of each checkpoint, one dequantized
+weight, logits) and goldens/export.json (each config.json, versions, digest). test_export_peers.py reads both.
 """
 
 import hashlib

@@ -1,11 +1,12 @@
 """Foreign formats against the tools that own them.
 
-What compressed-tensors and gptqmodel wrote and computed (goldens/export.*, by make_export_goldens.py) is read here and written
-again bit for bit, everywhere. Where they are installed (requirements.txt), transformers loads our exports through them too:
-``peers/bin/python -m pytest tests/parity/test_export_peers.py``.
+What compressed-tensors and gptqmodel wrote and computed (goldens/export.*, by make_export_goldens.py) is read here
+and written again bit for bit, everywhere. Where they are installed (requirements.txt), transformers loads our exports
+through them too: ``peers/bin/python -m pytest tests/parity/test_export_peers.py``.
 
-Two things are the peers' own. gptqmodel, and transformers where it dequantizes while loading, multiply code and scale in the
-scale's float16. And the scale of a dynamic symmetric int8 input is max|x| / 127.5 in compressed-tensors, / 127 here and in vLLM.
+Two things are the peers' own. gptqmodel, and transformers where it dequantizes while loading, multiply code and scale
+in the scale's float16. And the scale of a dynamic symmetric int8 input is max|x| / 127.5 in compressed-tensors, / 127
+here and in vLLM.
 """
 
 import copy
@@ -74,7 +75,7 @@ def logits(model: nn.Module, window: Tensor) -> Tensor:
         return model(window).logits
 
 
-# --- what the peers wrote -----------------------------------------------------------------------------------------------
+# --- what the peers wrote ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,7 +126,7 @@ def test_goldens_are_the_recorded_ones():
     assert (GOLDENS / "export.safetensors").stat().st_size < 600_000
 
 
-# --- what the peers make of our exports ---------------------------------------------------------------------------------
+# --- what the peers make of our exports -------------------------------------------------------------------------------
 
 FP8_BLOCK = {"granularity": "block", "activation": "token"}  # groups of 128 do not divide the layers of a tiny model
 LIVE = [

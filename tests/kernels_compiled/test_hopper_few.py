@@ -39,7 +39,9 @@ def check(kernel: Compiled, config: dict, spills: int = 0) -> None:
     assert kernel.shared * config["programs"] <= SHARED[HOPPER]
     body = kernel.loop()
     assert "LDG" in body and "STS" in body and "LDS" not in body  # neither weights nor x pass shared memory
-    assert "ld.global.L1::evict_first.L2::cache_hint.v4.b32" in kernel.ptx  # words: 16 bytes a thread, not kept in the caches
+    assert (
+        "ld.global.L1::evict_first.L2::cache_hint.v4.b32" in kernel.ptx
+    )  # words: 16 bytes a thread, not kept in the caches
 
 
 def entries() -> list[tuple[str, int, int, dict]]:

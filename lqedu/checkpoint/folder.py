@@ -23,7 +23,7 @@ from lqedu import __version__
 from lqedu.atomic import atomic_directory
 from lqedu.checkpoint.card import CARD, Facts, card_of, facts_of
 from lqedu.checkpoint.unfinished import save_safetensors
-from lqedu.checkpoint.weights import distinct, shorten
+from lqedu.checkpoint.weights import distinct, shorten, write_weights
 from lqedu.errors import CheckpointError, GridError, UsageError
 from lqedu.models.shards import WEIGHTS, Shards
 from lqedu.rounding import RoundingReport
@@ -36,7 +36,14 @@ RECORD = "lqedu.json"
 FORMAT_VERSION = 1
 
 
-def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: Facts | None = None) -> Path:
+def save(
+    model: nn.Module,
+    folder: Path | str,
+    tokenizer: Any = None,
+    *,
+    facts: Facts | None = None,
+    max_shard_size: int | str | None = None,
+) -> Path:
     """Write a quantized model to a new folder, all of it or nothing.
 
     Args:
@@ -45,12 +52,13 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: 
         tokenizer: saved beside the model; by default the one that :func:`lqedu.load_model` gave with the dense model.
         facts: what the model card says of the dense model, the calibration and the measured quality; by default what the
             model carries as ``lqedu_facts``, which is what its folder said if it was loaded from one.
+        max_shard_size: of a safetensors file, in bytes or with a unit such as "5GB"; ``None`` writes one file.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: the model is not quantized, or its tokenizer is not known.
+        UsageError: the model is not quantized, its tokenizer is not known, or ``max_shard_size`` is no size.
         CheckpointError: the folder exists, or cannot be written (a full disk, for instance).
     """
     if hasattr(model, "lqedu_kernels"):
@@ -71,7 +79,10 @@ def save(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, facts: 
     folder = Path(folder)
     with atomic_directory(folder) as temporary:
         write_about(model, temporary, tokenizer, described, tied, facts)
-        save_safetensors(tensors, temporary / WEIGHTS, {"format": "pt"})
+        if max_shard_size is None:
+            save_safetensors(tensors, temporary / WEIGHTS, {"format": "pt"})
+        else:
+            write_weights(tensors, temporary, max_shard_size)
     return folder
 
 

@@ -72,6 +72,19 @@ def test_saving_twice_gives_identical_bytes(tmp_path: Path, tokenizer: PreTraine
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
+def test_shards_hold_the_same_tensors(saved: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    quantized = quantize(tiny_model(), RTN(group_size=32))
+    sharded = save(quantized, tmp_path / "sharded", tokenizer, max_shard_size="20KB")
+    assert len(list(sharded.glob("model-*-of-*.safetensors"))) > 2 and not (sharded / "model.safetensors").exists()
+    model, want = load(sharded)[0], load(saved)[0].state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
+    parts = [{k: v for k, v in folder_bytes(folder).items() if k != "files"} for folder in (saved, sharded)]
+    assert parts[0] == parts[1]
+    with pytest.raises(UsageError, match="max_shard_size is bytes"):
+        save(quantized, tmp_path / "wrong", tokenizer, max_shard_size="many")
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_bytes_by_part_equal_the_formula(saved: Path) -> None:
     model, _ = load(saved)
     layers = quantized_linears(model).values()

@@ -10,7 +10,7 @@ What goes where (each cell is what a method has to be asked for; nothing is appr
     quip          -                                  -               -        -         rotates online
     smoothquant   yes                                -               -        -
     quarot        -                                  -               -        -         rotates online
-    spinquant     online=false, inputs 8 bits        -               -        -
+    spinquant     online=false, kv_bits=null, A8     -               -        -
     qqq           group_size=null                    -               -        -         groups are rounded twice
     qoq           group_size=null, kv_bits=null      -               -        yes
     fp8           kv="none"                          -               -        -

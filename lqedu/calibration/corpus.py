@@ -1,5 +1,6 @@
 """Text to calibrate and to evaluate on, and windows of tokens cut from it; ``00-setup`` and ``03-bench``."""
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lqedu.assets import cache_folder, sotu_folder
-from lqedu.errors import CalibrationError, MissingDependencyError, UsageError
+from lqedu.atomic import atomic_file
+from lqedu.errors import CalibrationError, CheckpointError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +36,7 @@ _C4_FILES = {
     "evaluation": "en/c4-validation.00000-of-00008.json.gz",
 }
 _C4_DOCUMENTS = 1100  # as GPTQ takes
+_LONG_TEXT = 100_000  # characters
 
 
 def load_corpus(name_or_path: str | Path, *, split: str) -> str:
@@ -95,7 +100,7 @@ def token_windows(
     """
     if length < 2 or count < 1:
         raise UsageError(f"windows need length >= 2 and count >= 1, got length {length} and count {count}")
-    ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    ids = _token_ids(tokenizer, text)
     available = len(ids) // length
     if available < count:
         fewer = f"count <= {available}, " if available else ""
@@ -107,6 +112,23 @@ def token_windows(
     if seed is None:
         return windows[:count].clone()  # a copy, so that the rest of the text is not kept alive
     return windows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tensor:
+    """Ids of a text, int64. Long ones are kept in the cache: a corpus takes seconds, and every chapter asks for it again."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or len(text) < _LONG_TEXT:
+        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    key = hashlib.sha256(f"{backend.to_str()}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
+    path = cache_folder() / "tokens" / f"{key}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError):  # not there, or cut off
+        return load_file(path)["ids"].to(torch.int64)
+    ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    with contextlib.suppress(OSError, CheckpointError):  # a cache that cannot be written is no cache
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            save_file({"ids": ids.to(torch.int32)}, temporary)
+    return ids
 
 
 def join_rows(raw: str) -> str:

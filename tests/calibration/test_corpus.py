@@ -161,3 +161,41 @@ def test_an_unreachable_hub_names_the_remedy(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(MissingDependencyError, match=f"cannot fetch {name} from the Hub.*path of a text file"):
         load_corpus(name, split="evaluation")
+
+
+class Counting(Letters):
+    """A tokenizer with a backend, which counts how often it is asked."""
+
+    def __init__(self, vocabulary="a"):
+        self.calls, self.vocabulary = 0, vocabulary
+        self.backend_tokenizer = self
+
+    def to_str(self):
+        return self.vocabulary
+
+    def __call__(self, text):
+        self.calls += 1
+        return super().__call__(text)
+
+
+def test_a_long_text_is_tokenized_once_for_each_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("LQEDU_CACHE", str(tmp_path))
+    long, first, again, other = "abcdefgh" * 20_000, Counting(), Counting(), Counting("b")
+    windows = token_windows(first, long, length=10, count=7, seed=0)
+    assert torch.equal(token_windows(again, long, length=10, count=7, seed=0), windows) and again.calls == 0
+    token_windows(other, long, length=10, count=7)
+    token_windows(again, long + "i", length=10, count=7)
+    assert (first.calls, other.calls, again.calls) == (1, 1, 1)
+    assert torch.equal(windows, token_windows(Letters(), long, length=10, count=7, seed=0))
+
+
+def test_a_damaged_or_unwritable_cache_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("LQEDU_CACHE", str(tmp_path))
+    long, tokenizer = "abcdefgh" * 20_000, Counting()
+    want = token_windows(tokenizer, long, length=10, count=7)
+    (file,) = (tmp_path / "tokens").iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(token_windows(tokenizer, long, length=10, count=7), want) and tokenizer.calls == 2
+    (tmp_path / "occupied").write_text("")
+    monkeypatch.setenv("LQEDU_CACHE", str(tmp_path / "occupied"))
+    assert torch.equal(token_windows(tokenizer, long, length=10, count=7), want) and tokenizer.calls == 3

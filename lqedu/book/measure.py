@@ -162,8 +162,7 @@ def w4a8_cost(device: str) -> Measurement:
     return _command_cost("qqq", "qoq")
 
 
-STREAMED = [Shape(layers, 512, 1408, 8, 4, 32000) for layers in (2, 4, 8, 16, 32)]
-STREAMED += [Shape(4, 1024, 2816, 16, 4, 32000)]
+STREAMED = [Shape(layers, 1024, 2816, 16, 4, 32000) for layers in (1, 2, 4, 8)]
 STREAMED_GPU = [Shape(layers, 8192, 28672, 64, 8, 32000) for layers in (1, 2)]  # a 70B model, less most of its depth
 
 

@@ -173,12 +173,52 @@ def test_the_entry_point_is_the_group_vllm_reads() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install vllm")
+@pytest.mark.filterwarnings("ignore")  # of its packages
 def test_the_real_vllm_knows_the_method() -> None:
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     plugin.register()
     plugin.register()
     assert get_quantization_config("lqedu_w4a8").__name__ == "LqeduW4A8Config"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install vllm")
+@pytest.mark.filterwarnings("ignore")  # of its packages
+def test_the_layers_of_the_real_vllm_load_and_compute_what_ours_do(folders) -> None:
+    """Its own classes and weight loaders; they ask for a device, so where there is no GPU it must be vLLM's CPU build."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    plugin.register()
+    block, common = "model.layers.0", dict(bias=False, params_dtype=torch.float16)
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, "tcp://127.0.0.1:29655", 0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        for method in METHODS:
+            config = get_quantization_config("lqedu_w4a8").from_config({"quant_method": "lqedu"})
+            config.packed_modules_mapping = MERGED
+            config.maybe_update_config(str(folders[method]))
+            model, _ = load(folders[method])
+            common |= {"quant_config": config}
+            qkv = QKVParallelLinear(128, 32, 4, 2, prefix=f"{block}.self_attn.qkv_proj", **common)
+            both = MergedColumnParallelLinear(128, [256, 256], prefix=f"{block}.mlp.gate_up_proj", **common)
+            down = RowParallelLinear(256, 128, prefix=f"{block}.mlp.down_proj", **common)
+            for layer, names, shards, where in (
+                (qkv, MERGED["qkv_proj"], ["q", "k", "v"], "self_attn"),
+                (both, MERGED["gate_up_proj"], [0, 1], "mlp"),
+                (down, ["down_proj"], [None], "mlp"),
+            ):
+                for name, shard in zip(names, shards, strict=True):
+                    for key, parameter in list(layer.named_parameters()):
+                        arguments = () if shard is None else (shard,)
+                        tensor = model.state_dict()[f"{block}.{where}.{name}.{key}"]
+                        parameter.weight_loader(parameter, tensor, *arguments)
+                layer.quant_method.process_weights_after_loading(layer)
+                x = torch.randn(5, layer.input_size, generator=torch.Generator().manual_seed(1)).half()
+                parts = [pack_layer(model.get_submodule(f"{block}.{where}.{name}"))(x) for name in names]
+                assert torch.equal(layer(x)[0], torch.cat(parts, -1)), (method, names)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

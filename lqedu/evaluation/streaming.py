@@ -1,6 +1,6 @@
 """Memory while a model is quantized: measured in a process of its own, and the formula it is compared with; ``21-serving``.
 
-Streamed, depth does not appear in it:
+Streamed, depth does not appear in it::
 
     peak = the larger of
         embeddings   an embedding, the hidden states it gives, and a copy of the part that is written

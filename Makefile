@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 HTML := _build/html
 MATHJAX := $(HTML)/_static/mathjax
-UNIT := $(BIN)/python -m pytest -m "not site" -n 2 --dist loadfile
+UNIT := $(BIN)/python -m pytest -m "not site" -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help book serve test check lint unit kernels notebooks site execute model linkcheck clean
@@ -77,7 +77,7 @@ unit: $(VENV)/stamp-all
 # Triton decides at import whether it interprets, so the kernels have processes of their own: one runs them on the CPU, one
 # compiles them for GPUs that are not there, one does so for the Gluon kernels, which need Triton 3.6, and a plain twin.
 kernels: $(VENV)/stamp-all $(VENV)/triton36/stamp
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels kernels/lqedu_kernels -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels kernels/lqedu_kernels -n 2 --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels_compiled -n 2
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest -n 2 \
 	  tests/kernels_compiled/test_hopper_dense.py tests/kernels_compiled/test_hopper_few.py tests/kernels_compiled/test_hopper_w4.py tests/kernels_compiled/test_w8a8.py

@@ -1,6 +1,6 @@
 """A paged cache of keys and values in 16 bits, and decode attention over it; chapter ``21-serving``.
 
-What :mod:`lqedu_kernels.kv_pages` and :mod:`lqedu_kernels.kv_attention` do without quantization: the baseline they are judged
+What ``lqedu_kernels.kv_pages`` and ``lqedu_kernels.kv_attention`` do without quantization: the baseline they are judged
 by, and the cache of models whose keys and values stay as they are. A page holds 64 tokens of one head, one after the other::
 
     keys, values    [page, head, 64, D]      float16 or bfloat16; a block table says which pages are a sequence's, in order

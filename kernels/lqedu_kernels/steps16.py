@@ -5,7 +5,7 @@
     rope        q, k, v = heads of one product's output, q and k turned by the positions of their tokens
     rope_append the same of each sequence's last token, whose key and value go to the pages of lqedu_kernels.kv16
 
-What :mod:`lqedu_kernels.quantize` does with codes at the end, for the layers that have none. One launch a step: at one token
+What ``lqedu_kernels.quantize`` does with codes at the end, for the layers that have none. One launch a step: at one token
 a step moves some kilobytes and costs what a launch costs, and a decoder layer written in torch operations has thirty of them.
 
 Everything is computed in float32 and rounded to the dtype of x where transformers rounds a *tensor* that it stores between two
@@ -292,7 +292,7 @@ def rope_append(
 
     Args:
         qkv, cos, sin, heads, kv_heads, norms, eps: as there, a row a sequence.
-        keys, values: pages ``[pages, kv_heads, 64, D]`` in the dtype of qkv, see :mod:`lqedu_kernels.kv16`; changed.
+        keys, values: pages ``[pages, kv_heads, 64, D]`` in the dtype of qkv, see ``lqedu_kernels.kv16``; changed.
         table: int32 ``[batch, pages of the longest sequence]``.
         lengths: int32 ``[batch]``, tokens of each sequence with the new one, at least 1.
 

@@ -273,7 +273,7 @@ def check_tensors(folder: Path, model: nn.Module, found: dict[str, tuple[tuple[i
 
 
 def _config(model: nn.Module) -> Any:
-    """The dense model's configuration with the mark by which transformers finds :mod:`lqedu.integrations.transformers`."""
+    """The dense model's configuration with the mark by which transformers finds ``lqedu.integrations.transformers``."""
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype  # of the parameters; where it is missing transformers takes that of any scale it finds
     config.quantization_config = {"quant_method": "lqedu", "format_version": FORMAT_VERSION}

@@ -3,7 +3,7 @@
     total = weights + layers · 2 · kv_heads · pages · 64 · bytes(token of a head) + step
 
 Pages hold 64 tokens, so a text pays for a begun page whole. Chapter ``21-serving``; the measurement that this is compared
-with is :mod:`lqedu.evaluation.throughput`.
+with is ``lqedu.evaluation.throughput``.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ LIBRARY = 64 << 20  # what cuBLAS takes for itself: 32 MiB for each of the strea
 
 
 @dataclass(frozen=True)
-class Memory:
+class Predicted:
     """Bytes of a model while it generates.
 
     Attributes:
@@ -75,10 +75,10 @@ def step_bytes(shape: ModelShape, tokens: int) -> int:
     return tokens * (2 * stream + max(mlp, logits)) + LIBRARY
 
 
-def predict(shape: ModelShape, form: Format, *, batch: int, tokens: int, positions: int = 16384) -> Memory:
+def predict(shape: ModelShape, form: Format, *, batch: int, tokens: int, positions: int = 16384) -> Predicted:
     """Memory of ``batch`` texts that may grow to ``tokens`` tokens each."""
     pages = batch * pages_of(tokens) * page_bytes(shape, form)
-    return Memory(weight_bytes(shape, form, positions=positions), pages, step_bytes(shape, batch))
+    return Predicted(weight_bytes(shape, form, positions=positions), pages, step_bytes(shape, batch))
 
 
 def largest_batch(shape: ModelShape, form: Format, *, tokens: int, budget: float = 80e9) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lqedu.errors import UsageError
-from lqedu.evaluation.memory import Memory, largest_batch, predict, step_bytes
+from lqedu.evaluation.memory import Predicted, largest_batch, predict, step_bytes
 from lqedu.evaluation.random_models import FORMATS, Format, random_decoder
 from lqedu.evaluation.roofline import ModelShape
 from lqedu.options import check_count
@@ -47,7 +47,7 @@ def measure_shape(
 
     Args:
         shape: of the model.
-        formats: names of :data:`lqedu.evaluation.random_models.FORMATS`, or "fp16-transformers".
+        formats: names of ``lqedu.evaluation.random_models.FORMATS``, or "fp16-transformers".
         batches, contexts: texts at once, and tokens of each; all pairs are measured whose memory is predicted to fit.
         device: where it runs.
         steps: samples of a decode row.
@@ -120,7 +120,7 @@ def measure_model(
         yield {"format": "model", **prefill_row(decoder, context, seed=seed)}
         for batch in batches:
             pages = batch * pages_of(context + steps + WARM + 1) * decoder_page_bytes(decoder)
-            memory = Memory(decoder.nbytes, pages, step_bytes(shape, batch))
+            memory = Predicted(decoder.nbytes, pages, step_bytes(shape, batch))
             row = {
                 "name": "decode",
                 "format": "model",

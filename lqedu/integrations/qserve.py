@@ -6,7 +6,7 @@
 
 QServe (mit-han-lab/omniserve, commit 02b2925, ``w4a8_linear.py``) hands int8 activations and their scales to a layer, which writes
 into a buffer. Its kernels are built for compute capability 8.x; ours also run on Hopper. The layout of its tensors is that
-of :mod:`lqedu.checkpoint.qserve`; ours is made of it once, losslessly, at the first call.
+of ``lqedu.checkpoint.qserve``; ours is made of it once, losslessly, at the first call.
 
 In groups the two compute the same. Per channel QServe takes the zero point off with sums of the *unrounded* inputs
 (``input_sum``), ``s1 (q x̂) - s1 z Σ x``; here both terms use the codes, ``s1 (q - z) x̂``, and ``input_sum`` is not looked at.

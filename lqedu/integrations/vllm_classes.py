@@ -1,4 +1,4 @@
-"""The two classes that vLLM calls for the method "lqedu_w4a8"; needs vLLM. See :mod:`lqedu.integrations.vllm`."""
+"""The two classes that vLLM calls for the method "lqedu_w4a8"; needs vLLM. See ``lqedu.integrations.vllm``."""
 
 import json
 import logging

@@ -3,7 +3,7 @@
     embeddings -> hidden states of all windows -> block 0 -> ... -> block n - 1 -> final norm and head
 
 Each part is read from the shards, changed by the same code that changes a model in memory
-(:mod:`lqedu.methods.pipeline`), written, and freed. What stays is one hidden state for each calibration token, and the
+(``lqedu.methods.pipeline``), written, and freed. What stays is one hidden state for each calibration token, and the
 tensors that a method's move of the whole model needs. The bits are those that :func:`lqedu.quantize` and
 :func:`lqedu.save` give.
 """

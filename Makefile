@@ -39,7 +39,9 @@ $(VENV)/stamp-book: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/stamp-all: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "==> installing lqedu and everything that tests it (a few minutes the first time)"
-	$(PIP) -e '.[notebook,book,dev,gpu]'
+	$(PIP) --no-compile -e '.[notebook,book,dev,gpu]'
+	@# pip compiles to byte code on one core. Files for other Pythons do not compile, and nobody imports them.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	@touch $@ $(VENV)/stamp-book
 
 # --- the book ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """``AutoModelForCausalLM.from_pretrained`` for folders that :func:`lqedu.save` wrote; chapter ``21-serving``.
 
+::
+
     import lqedu.integrations.transformers                     # registers the quantization method "lqedu"
     model = AutoModelForCausalLM.from_pretrained(folder)       # a folder, or its copy on the Hub
 

@@ -18,6 +18,12 @@ def _soup(path: Path) -> BeautifulSoup:
     return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
 
 
+@cache
+def _anchors(path: Path) -> set[str | None]:
+    """Where in a page a link can lead."""
+    return {t.get("id") for t in _soup(path).find_all(id=True)} | {t.get("name") for t in _soup(path).find_all("a")}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_picture_has_an_alternative_text(page: str, html: Path) -> None:
     for image in _soup(html / page).find_all("img"):
@@ -48,10 +54,7 @@ def test_internal_links_lead_somewhere(page: str, html: Path) -> None:
             file = file / "index.html"
         assert file.is_file(), f"{page}: {target} does not exist"
         if parts.fragment and tag.name == "a" and file.suffix == ".html":
-            anchors = {t.get("id") for t in _soup(file).find_all(id=True)} | {
-                t.get("name") for t in _soup(file).find_all("a")
-            }
-            assert unquote(parts.fragment) in anchors, f"{page}: {target} has no such anchor"
+            assert unquote(parts.fragment) in _anchors(file), f"{page}: {target} has no such anchor"
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

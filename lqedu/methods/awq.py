@@ -171,6 +171,8 @@ class AWQ(WeightOnly):
         move="scale channels by their activation, clip",
         round="nearest",
         run="W4A16: dequantize, then FP16 GEMM",
+        calibration="mean magnitude of each channel; block outputs and Hessians of a few windows",
+        online=("dequantize weights",),
     )
     needs_calibration: ClassVar[bool] = True
     calibrates_on: ClassVar[str] = "dense"

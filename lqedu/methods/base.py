@@ -24,19 +24,24 @@ _REGISTRY: dict[str, type["Method"]] = {}
 
 @dataclass(frozen=True)
 class Answers:
-    """The four questions of chapter ``01-memory-wall``, answered in a few words each.
+    """The four questions of chapter ``01-memory-wall``, answered in a few words each, and what the answers cost.
 
     Attributes:
         grid: which values can be stored.
         move: where the difficulty goes before rounding.
         round: which grid point each weight gets.
         run: what the hardware executes.
+        calibration: what is taken from a calibration text at the method's defaults; "none" reads none.
+        online: what runs beside the product while a model runs, at the method's defaults, in the words of
+            :func:`lqedu.runtime.online.online_work`, which finds them in a quantized model.
     """
 
     grid: str
     move: str
     round: str
     run: str
+    calibration: str
+    online: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,8 @@ class FP8(Method):
         move="nothing",
         round="nearest",
         run="W8A8: FP8 GEMM, FP32 accumulation, scales in the epilogue",
+        calibration="none",
+        online=("quantize inputs",),
     )
     quantizes: ClassVar[tuple[str, ...]] = ("weights", "activations")
     needs_calibration: ClassVar[bool] = False

@@ -37,6 +37,8 @@ class GPTQ(AnyGrid):
         move="nothing",
         round="error feedback through the Hessian",
         run="W4A16: dequantize, then FP16 GEMM",
+        calibration="a Hessian of each linear's inputs",
+        online=("dequantize weights",),
     )
     needs_calibration: ClassVar[bool] = True
     needs_hessian: ClassVar[bool] = True

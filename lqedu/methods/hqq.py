@@ -33,6 +33,8 @@ class HQQ(WeightOnly):
         move="nothing",
         round="half-quadratic: zero points for a p-norm, then nearest",
         run="W4A16: dequantize, then FP16 GEMM",
+        calibration="none",
+        online=("dequantize weights",),
     )
     needs_calibration: ClassVar[bool] = False
 

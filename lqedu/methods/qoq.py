@@ -77,6 +77,8 @@ class QoQ(QuantizedActivations):
         move="rotate block inputs, reorder, smooth block outputs and keys, clip",
         round="GPTQ, or nearest",
         run="W4A8KV4: INT4 to INT8 in registers, INT8 GEMM, KV4 attention",
+        calibration="largest magnitude of each channel and of keys, a Hessian of each linear's inputs",
+        online=("unpack weights to 8 bits", "quantize inputs", "quantize keys and values"),
     )
     quantizes: ClassVar[tuple[str, ...]] = ("weights", "activations", "KV cache")
     needs_calibration: ClassVar[bool] = True

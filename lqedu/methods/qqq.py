@@ -62,6 +62,8 @@ class QQQ(QuantizedActivations):
         move="smooth the channels above a searched threshold, or rotate",
         round="GPTQ",
         run="W4A8: INT4 to INT8 in registers, INT8 GEMM",
+        calibration="largest magnitude of each channel, outputs of a few tokens, a Hessian of each linear's inputs",
+        online=("unpack weights to 8 bits", "quantize inputs"),
     )
     quantizes: ClassVar[tuple[str, ...]] = ("weights", "activations")
     needs_calibration: ClassVar[bool] = True

@@ -103,6 +103,8 @@ class QuaRot(Rotated):
         move="rotate with Hadamard matrices, offline and online",
         round="GPTQ, or nearest",
         run="W4A4KV4: online Hadamards, INT4 GEMM",
+        calibration="a Hessian of each linear's rotated inputs",
+        online=("quantize inputs", "transform inputs", "quantize keys and values", "transform queries and keys"),
     )
 
     activation_clip: float = 0.9

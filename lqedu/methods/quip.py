@@ -55,6 +55,8 @@ class QuIP(Method):
         move="rotate inputs and outputs",
         round="linear feedback (LDLQ), then greedy passes",
         run="rotate, dequantize and FP16 GEMM, rotate back",
+        calibration="a Hessian of each linear's inputs",
+        online=("dequantize weights", "rotate inputs and outputs"),
     )
     needs_calibration: ClassVar[bool] = True
     needs_hessian: ClassVar[bool] = True

@@ -25,7 +25,12 @@ class RTN(QuantizedActivations, AnyGrid):
     chapter: ClassVar[str] = "02-grids"
     citation: ClassVar[str] = "nagel2021whitepaper"
     answers: ClassVar[Answers] = Answers(
-        grid="INT2-8 per channel or group", move="nothing", round="nearest", run="W4A16: dequantize, then FP16 GEMM"
+        grid="INT2-8 per channel or group",
+        move="nothing",
+        round="nearest",
+        run="W4A16: dequantize, then FP16 GEMM",
+        calibration="none",
+        online=("dequantize weights",),
     )
     needs_calibration: ClassVar[bool] = False
 

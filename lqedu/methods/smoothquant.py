@@ -46,6 +46,8 @@ class SmoothQuant(QuantizedActivations):
         move="scale channels of activations into weights",
         round="nearest",
         run="W8A8: INT8 GEMM, int32 accumulation, scales in the epilogue",
+        calibration="largest magnitude of each channel",
+        online=("quantize inputs",),
     )
     quantizes: ClassVar[tuple[str, ...]] = ("weights", "activations")
     needs_calibration: ClassVar[bool] = True

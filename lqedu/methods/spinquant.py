@@ -66,6 +66,8 @@ class SpinQuant(Rotated):
         move="rotate by learned matrices, offline; two online Hadamards",
         round="GPTQ, or nearest",
         run="W4A4KV4: online Hadamards, INT4 GEMM",
+        calibration="gradients of the loss by the rotations, then a Hessian of each linear's rotated inputs",
+        online=("quantize inputs", "transform inputs", "quantize keys and values", "transform queries and keys"),
     )
 
     learns_from_blocks: ClassVar[bool] = False

@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from inspect import cleandoc
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class Module:
         return found
 
 
+@cache  # a build asks for the same file hundreds of times
 def read_module(name: str) -> Module | None:
     """Parse ``lqedu.x.y`` or ``lqedu_kernels.x``; ``None`` if there is no such module in the repository."""
     base = (ROOT / "kernels" if name.startswith("lqedu_kernels") else ROOT).joinpath(*name.split("."))
@@ -95,6 +97,7 @@ def find(address: str) -> tuple[Module, ast.stmt] | None:
     return None
 
 
+@cache
 def public_addresses() -> dict[str, str]:
     """Where each documented object is defined -> the address it is documented under."""
     found = {}

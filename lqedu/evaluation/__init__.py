@@ -1,5 +1,18 @@
 """Evaluation: what quantization cost."""
 
 from lqedu.evaluation.perplexity import PairedDifference, Perplexity, paired, perplexity
+from lqedu.evaluation.tasks import Item, load_task
+from lqedu.evaluation.zeroshot import PairedAccuracy, TaskScore, paired_scores, score
 
-__all__ = ["PairedDifference", "Perplexity", "paired", "perplexity"]
+__all__ = [
+    "Item",
+    "PairedAccuracy",
+    "PairedDifference",
+    "Perplexity",
+    "TaskScore",
+    "load_task",
+    "paired",
+    "paired_scores",
+    "perplexity",
+    "score",
+]

@@ -89,7 +89,7 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4, progre
             f"the model gives no finite likelihood for {len(bad)} of {len(window_nll)} windows (first: {bad[0]}); "
             "its weights or activations overflow: try dtype float32, or a gentler quantization"
         )
-    nll, stderr = _mean_and_error(window_nll)
+    nll, stderr = mean_and_error(window_nll)
     return Perplexity(
         ppl=math.exp(nll) if nll < 700 else math.inf,
         nll=nll,
@@ -119,7 +119,7 @@ def paired(a: Perplexity, b: Perplexity) -> PairedDifference:
     """
     if a.windows_sha256 != b.windows_sha256:
         raise UsageError("the two perplexities were measured on different windows; measure both on the same ones")
-    delta, stderr = _mean_and_error([x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)])
+    delta, stderr = mean_and_error([x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)])
     return PairedDifference(delta, stderr, len(a.window_nll))
 
 
@@ -134,7 +134,8 @@ def _window_nll(model: nn.Module, batch: Tensor) -> list[float]:
     return means
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of a single value is NaN."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
 

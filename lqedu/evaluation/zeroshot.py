@@ -1,0 +1,244 @@
+"""Accuracy on multiple-choice tasks by likelihood, as lm-evaluation-harness measures it; ``22-side-by-side``.
+
+A model answers with the continuation it finds most likely after the context. With ll_i = log p(continuation_i | context):
+
+    acc       argmax_i ll_i            = gold
+    acc_norm  argmax_i ll_i / length_i = gold,      length in characters, without the space before the continuation
+
+as in lm-evaluation-harness 0.4 (Gao et al., 2024), ``process_results`` of ``lm_eval/api/task.py``; context and continuation
+are encoded as in ``_encode_pair`` of ``lm_eval/api/model.py``.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from lqedu.errors import CalibrationError, UsageError
+from lqedu.evaluation.perplexity import mean_and_error
+from lqedu.evaluation.tasks import Item
+from lqedu.models.modes import inference
+from lqedu.options import check_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 512  # positions whose log-probabilities are held at once, as for perplexity
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What :func:`score` measured.
+
+    Attributes:
+        acc: share of items whose right continuation is the most likely one.
+        acc_stderr: its standard error over items, that of the harness; NaN for one item.
+        acc_norm: the same of log-likelihoods a character. The harness reports it for PIQA, ARC, HellaSwag and OpenBookQA.
+        acc_norm_stderr: its standard error.
+        gold_nll: mean -log p of the right continuations, in nats; for LAMBADA exp of it is the perplexity of the word.
+        count: items.
+        truncated: continuations whose context did not fit the model and lost its beginning.
+        correct: of each item, what ``acc`` is the mean of.
+        correct_norm: of each item, what ``acc_norm`` is the mean of.
+        log_likelihoods: of each item's continuations.
+        items_sha256: of the items; :func:`paired_scores` compares scores of the same ones only.
+    """
+
+    acc: float
+    acc_stderr: float
+    acc_norm: float
+    acc_norm_stderr: float
+    gold_nll: float
+    count: int
+    truncated: int
+    correct: tuple[bool, ...] = field(repr=False)
+    correct_norm: tuple[bool, ...] = field(repr=False)
+    log_likelihoods: tuple[tuple[float, ...], ...] = field(repr=False)
+    items_sha256: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PairedAccuracy:
+    """The difference of two models on the same items: of accuracies, and their standard errors over items."""
+
+    delta_acc: float
+    acc_stderr: float
+    delta_acc_norm: float
+    acc_norm_stderr: float
+    count: int
+
+
+def score(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    items: Iterable[Item],
+    *,
+    tokens_per_batch: int = 4096,
+    progress: bool = False,
+) -> TaskScore:
+    """Measure a causal language model on items; see :func:`lqedu.evaluation.load_task`.
+
+    Args:
+        model: a model of transformers, dense or quantized, on any device. Not changed.
+        tokenizer: of that model.
+        items: of one task.
+        tokens_per_batch: run at once, padding included; sets the memory, not the result. (Activations quantized with one
+            dynamic scale for a whole tensor are an exception: texts of a batch share that scale.)
+        progress: show a progress bar on stderr.
+
+    A text longer than the model's positions loses its beginning, as in the harness.
+
+    Raises:
+        UsageError: no items, a tokenizer that is none or not the model's, or a continuation longer than the model's
+            positions.
+        CalibrationError: a continuation without tokens of its own, or a likelihood that is not a number.
+    """
+    items = tuple(items)
+    check_count("tokens_per_batch", tokens_per_batch, least=1)
+    if not items:
+        raise UsageError("there are no items to score; see lqedu.evaluation.load_task")
+    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    choices = [choice for item in items for choice in zip(item.contexts, item.continuations, strict=True)]
+    encoded = _encode(tokenizer, choices)
+    _check(encoded, choices, limit, model.get_input_embeddings().num_embeddings)
+    texts: dict[tuple[int, ...], list[int]] = defaultdict(list)  # what is read, and the choices that it answers
+    for index, (ids, _) in enumerate(encoded):
+        texts[tuple(ids[-limit - 1 : -1])].append(index)
+    found: dict[int, tuple[float, bool]] = {}
+    with inference(model), tqdm(total=len(choices), desc="choices", disable=not progress, file=sys.stderr) as bar:
+        for batch in _batches(sorted(texts, key=len, reverse=True), tokens_per_batch):
+            asked = [(row, index) for row, text in enumerate(batch) for index in texts[text]]
+            scored = _run(model, batch, [(row, encoded[index][0][-encoded[index][1] :]) for row, index in asked])
+            found.update(zip((index for _, index in asked), scored, strict=True))
+            bar.update(len(asked))
+    return _summary(items, [found[i] for i in range(len(choices))], sum(len(ids) > limit + 1 for ids, _ in encoded))
+
+
+def paired_scores(a: TaskScore, b: TaskScore) -> PairedAccuracy:
+    """How much better ``a`` is than ``b``, by the differences of each item.
+
+    Raises:
+        UsageError: the two were measured on different items.
+    """
+    if a.items_sha256 != b.items_sha256:
+        raise UsageError("the two scores were measured on different items; measure both on the same ones")
+    acc, acc_norm = (
+        mean_and_error([float(x) - y for x, y in zip(*pair, strict=True)])
+        for pair in ((a.correct, b.correct), (a.correct_norm, b.correct_norm))
+    )
+    return PairedAccuracy(*acc, *acc_norm, a.count)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", choices: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Ids of context and continuation, and how many are the continuation's: encoded as a whole, and cut where the context ends.
+
+    Spaces that end a context belong to the continuation. Nothing to read before it is the token that begins a text.
+    """
+    if not callable(tokenizer):
+        raise UsageError("score needs the model's tokenizer, the second of what lqedu.load_model returns")
+    contexts = [context.rstrip() for context, _ in choices]
+    wholes = tokenizer([f"{context} {continuation}" for context, continuation in choices])["input_ids"]
+    prefix = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    encoded = []
+    for whole, context in zip(wholes, tokenizer(contexts)["input_ids"], strict=True):
+        if not context and prefix is None:
+            raise UsageError(
+                "the tokenizer has no token that begins or ends a text, which an empty context needs; write one"
+            )
+        if not context and whole[:1] != [prefix]:
+            whole = [prefix, *whole]
+        encoded.append((whole, len(whole) - max(1, len(context))))
+    return encoded
+
+
+def _check(encoded: list[tuple[list[int], int]], choices: list[tuple[str, str]], limit: int, vocabulary: int) -> None:
+    for (ids, length), (_, continuation) in zip(encoded, choices, strict=True):
+        if max(ids, default=0) >= vocabulary:
+            raise UsageError(f"there are token ids outside the model's {vocabulary}; use the model's own tokenizer")
+        if length < 1:
+            raise CalibrationError(f"{continuation!r} has no token of its own after its context; leave the item out")
+        if length > limit:
+            raise UsageError(
+                f"{continuation[:40]!r}… has {length} tokens, more than the model's {limit} positions; leave the item out"
+            )
+
+
+def _batches(texts: list[tuple[int, ...]], tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """Consecutive texts, longest first, that padded to the first of them have at most so many tokens; at least one."""
+    while texts:
+        count = max(1, tokens // len(texts[0]))
+        yield texts[:count]
+        texts = texts[count:]
+
+
+def _run(
+    model: nn.Module, texts: list[tuple[int, ...]], wanted: list[tuple[int, list[int]]]
+) -> list[tuple[float, bool]]:
+    """Log-likelihood of each ``(row of texts, ids that follow its end less one)``, and whether they are the greedy ones."""
+    device = model.get_input_embeddings().weight.device
+    lengths = torch.tensor([len(text) for text in texts])
+    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)  # [texts, longest]
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    rows = torch.tensor([row for row, target in wanted for _ in target], device=device)
+    places = torch.cat([lengths[row] - len(target) + torch.arange(len(target)) for row, target in wanted]).to(device)
+    targets = torch.tensor([token for _, target in wanted for token in target], device=device)
+    # The head reads the hidden states that predict a continuation, and no others: [1, positions, hidden].
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][rows, places][None],))
+    try:
+        logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    log_p, greedy = [], logits.argmax(-1) == targets
+    for part, target in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        log_p.append(-cross_entropy(part, target, reduction="none").double())
+    sizes = [len(target) for _, target in wanted]
+    parts = zip(torch.cat(log_p).cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
+    return [(values.sum().item(), bool(same.all())) for values, same in parts]
+
+
+def _summary(items: Sequence[Item], found: list[tuple[float, bool]], truncated: int) -> TaskScore:
+    if bad := sum(not math.isfinite(value) for value, _ in found):
+        raise CalibrationError(
+            f"the model gives no finite likelihood for {bad} of {len(found)} continuations; "
+            "its weights or activations overflow: try dtype float32, or a gentler quantization"
+        )
+    rest = iter(found)
+    answers = [list(islice(rest, len(item.continuations))) for item in items]
+    values = tuple(tuple(value for value, _ in answer) for answer in answers)
+    correct = tuple(_is_right(item, answer, [1] * len(answer)) for item, answer in zip(items, answers, strict=True))
+    correct_norm = tuple(
+        _is_right(item, answer, [len(text) for text in item.continuations])
+        for item, answer in zip(items, answers, strict=True)
+    )
+    return TaskScore(
+        *mean_and_error([float(right) for right in correct]),
+        *mean_and_error([float(right) for right in correct_norm]),
+        gold_nll=-statistics.fmean(value[item.gold] for item, value in zip(items, values, strict=True)),
+        count=len(items),
+        truncated=truncated,
+        correct=correct,
+        correct_norm=correct_norm,
+        log_likelihoods=values,
+        items_sha256=hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest(),
+    )
+
+
+def _is_right(item: Item, answer: Sequence[tuple[float, bool]], lengths: Sequence[int]) -> bool:
+    """Whether the gold is the first of the most likely; with one continuation, whether it is the greedy one."""
+    if len(answer) == 1:
+        return answer[0][1]
+    scaled = [value / length for (value, _), length in zip(answer, lengths, strict=True)]
+    return scaled.index(max(scaled)) == item.gold

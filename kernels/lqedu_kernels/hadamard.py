@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, to_dtype, to_float8_e4m3
-from lqedu_kernels._tensors import Target, check_tensor, target_of
+from lqedu_kernels._tensors import Target, check_keys, check_tensor, target_of
 from lqedu_kernels.hadamard_tables import Split, factors, operands, split, table
 from lqedu_kernels.quantize import (
     Quantized,
@@ -361,7 +361,8 @@ def hadamard_transform(
         x: float16 or bfloat16 ``[M, K]``, contiguous.
         length: of a transform, 2^k or m · 2^k; the whole row if not given.
         stride: elements from one to the next of a transform: 1 transforms runs of ``length`` consecutive ones, the head size
-            with ``length`` = number of heads transforms across heads. ``length · stride`` must divide K.
+            with ``length`` = number of heads transforms across heads. ``length · stride`` must divide K. From 2 to 8 it is
+            refused: a tile's columns would be fewer than a tensor core's.
         config: a launch configuration, see :func:`default_config`; the measured one of this GPU if none is given.
 
     Returns:
@@ -378,9 +379,10 @@ def hadamard_transform(
         return y
     # H_length = H_a ⊗ H_b: a elements b apart, then runs of b.
     m, power = factors(length)
-    b = power // max(1, min(power, 64 // m))
+    a = max(1, 64 // m)
+    b = power // min(power, 1 << a.bit_length() - 1)  # a power of two, as the rest of the length is
     if b == 1:
-        raise ValueError(f"length {length} with stride {stride} does not fit a tile of a {target.name}")
+        raise ValueError(f"length {length} with stride {stride} does not fit a tile on this GPU ({target.name})")
     across = hadamard_transform(x, length=length // b, stride=b * stride)
     return hadamard_transform(across, length=b, stride=stride)
 
@@ -403,6 +405,8 @@ def hadamard_quantize(
     target, length = _check(x, length, stride)
     check_grid(grid, sums, target)
     c, s = _configure("hadamard/int8", x, length, stride, target, config, x.shape[1])
+    if config is not None and (not grid.symmetric or grid.group_size is not None):
+        raise ValueError("config is for transform and codes in one launch, which this grid takes two for: leave it out")
     if s is None or not grid.symmetric or grid.group_size is not None:
         return quantize_tokens(hadamard_transform(x, length=length, stride=stride), grid, sums=sums)
     m, empty = x.shape[0], {"device": x.device}
@@ -447,13 +451,14 @@ def _configure(
 ) -> tuple[Mapping[str, int | None], Split | None]:
     """The configuration and what it makes of a vector; a measured one of another length may not fit this one."""
     m, k = x.shape
+    check_keys(config, "pieces warps stages resident")
     default = default_config(m, length, target, stride=stride, quantized=token is not None)
     measured = configuration(operation, m, k, k, gpu=target.name) if stride == 1 and length == k else None
     for c in (config, measured, default):
         s = split(length, stride, pieces=c["pieces"] if stride == 1 else None, token=token) if c else None
         if s is not None and _fits(s, stride, target) and s.elements <= 128 * 32 * c["warps"]:
             return c, s
-        if c is config and config is not None and token is None:
+        if c is config and config is not None:
             raise ValueError(
                 f"config has {config['pieces']} pieces, which do not make a tile of length {length}: use None"
             )
@@ -465,11 +470,13 @@ def _check(x: Tensor, length: int | None, stride: int) -> tuple[Target, int]:
     target = target_of(x, "x")
     k = x.shape[1]
     for name, value in (("length", length), ("stride", stride)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if (value is not None or name == "stride") and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     length = k // stride if length is None else length
     if k == 0 or length == 0 or k % (length * stride):
         raise ValueError(f"x has {k} columns, which transforms of length {length} with stride {stride} do not divide")
+    if 1 < stride < 9:
+        raise ValueError(f"stride must be 1 or at least 9, got {stride}: use hadamard_reference, or transpose x")
     if stride == 1 and factors(length)[1] < 16:
         raise ValueError(f"length {length} is m · 2^k with 2^k below 16, which only transforms with a stride serve")
     return target, length

@@ -111,11 +111,14 @@ def test_blocks_and_heads(k: int, length: int, stride: int, device: torch.device
     check(rows(5, k, torch.float16, device), length, stride)
 
 
-def test_two_launches_make_a_longer_transform(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [14336, 12288, 20480])  # 28, 12 and 20: 64 holds no power of two of the last two
+def test_two_launches_make_a_longer_transform(
+    length: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lqedu_kernels import hadamard
 
     monkeypatch.setattr(hadamard, "_fits", lambda s, stride, target: s.elements <= 8192)
-    x = rows(1, 14336, torch.float16, device)
+    x = rows(1, length, torch.float16, device)
     want = fast_hadamard(x.double())
     y = hadamard_transform(x)
     assert float((y.double() - want).norm() / want.norm()) <= 2 * ERROR[torch.float16]
@@ -200,6 +203,19 @@ def test_counts() -> None:
         (lambda x: hadamard_transform(x, length=6, stride=16), ValueError, "length 6 has no Hadamard matrix here"),
         (lambda x: hadamard_transform(x, length=0), ValueError, "length must be a whole number of at least 1, got 0"),
         (lambda x: hadamard_transform(x, stride=-1), ValueError, "stride must be a whole number of at least 1, got -1"),
+        (lambda x: hadamard_transform(x, stride=8), ValueError, "stride must be 1 or at least 9, got 8"),
+        (
+            lambda x: hadamard_transform(x, length=32, config={}),
+            ValueError,
+            "config lacks pieces, warps, stages, resident",
+        ),
+        (
+            lambda x: hadamard_quantize(
+                x, TokenGrid("int8", False), length=32, config=dict(pieces=1, warps=4, stages=1, resident=0)
+            ),
+            ValueError,
+            "config is for transform and codes in one launch",
+        ),
         (
             lambda x: hadamard_quantize(x, TokenGrid("int2"), length=32),
             ValueError,

@@ -14,6 +14,13 @@ from lqedu_kernels._schedule import COUNTERS, counters, overlapped
 from lqedu_kernels._tensors import HAS_GLUON, Target, check_kernel
 from lqedu_kernels.tuning import Config, configuration
 
+#: The keys of a configuration, for each kernel it may name.
+_KERNELS = {
+    "split": "block_m block_n block_k warps stages group_m splits",
+    "tiles": "block_m block_n block_k warps stages group_m per_processor flatten",
+    "hopper": "block_m block_n stages group_m lead",
+}
+
 
 def default_config(m: int, n: int, k: int, target: Target) -> dict[str, int | str]:
     """What runs where nothing was measured; a pure function of the shape and the GPU.
@@ -128,7 +135,7 @@ def choose(
     Raises:
         ValueError: a configuration asked for that cannot run.
     """
-    check_kernel(config, ("split", "tiles", "hopper"))
+    check_kernel(config, _KERNELS)
 
     def runs(c: Config) -> bool:
         return c["kernel"] == "split" or (has_descriptors(n, k, target) and (c["kernel"] == "tiles" or HAS_GLUON))

@@ -60,17 +60,32 @@ def target_of(tensor: Tensor, argument: str) -> Target:
     return target
 
 
-def check_kernel(config: Mapping | None, kernels: tuple[str, ...]) -> None:
-    """A configuration given by the caller names one of the family's kernels.
+def check_kernel(config: Mapping | None, kernels: Mapping[str, str]) -> None:
+    """A configuration given by the caller names one of the family's kernels and has its keys (a string of words each).
 
     Raises:
-        ValueError: it does not.
+        TypeError: it is no mapping.
+        ValueError: it names no kernel, or lacks a key.
     """
-    if config is not None and config.get("kernel") not in kernels:
+    if config is None:
+        return
+    check_keys(config, "")
+    if config.get("kernel") not in kernels:
         raise ValueError(
             f"config must name its kernel, one of {', '.join(kernels)}, got {config.get('kernel')!r}: "
             "take one from search_space, or None"
         )
+    check_keys(config, kernels[config["kernel"]])
+
+
+def check_keys(config: Mapping | None, keys: str) -> None:
+    """A configuration given by the caller has these keys, a string of words (TypeError: no mapping; ValueError)."""
+    if config is None:
+        return
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a dict, got {type(config).__name__}: take one from search_space, or None")
+    if lacking := [key for key in keys.split() if key not in config]:
+        raise ValueError(f"config lacks {', '.join(lacking)}: take one from search_space, or None")
 
 
 def check_tensor(

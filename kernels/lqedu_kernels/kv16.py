@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, to_dtype
 from lqedu_kernels._schedule import after_previous, overlapped
-from lqedu_kernels._tensors import Target, check_tensor, target_of
-from lqedu_kernels.kv_pages import PAGE, check_table
+from lqedu_kernels._tensors import Target, check_keys, check_tensor, target_of
+from lqedu_kernels.kv_pages import PAGE, check_places, check_scaling, check_table
 
 __all__ = [
     "bytes_moved",
@@ -87,15 +87,15 @@ def _append_kernel(
 ):  # fmt: skip
     """One token of one head a program."""
     after_previous(OVERLAP)
-    sequence = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    token = tl.load(p_lengths + sequence) - new + tl.program_id(1)
+    sequence = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    token = tl.load(p_lengths + sequence) - new + tl.program_id(0)
     if token < 0:
         return
     page = tl.load(p_table + sequence * table_width + token // 64).to(tl.int64)
     o_d = tl.arange(0, D2)
     m_d = o_d < D
-    o_in = (tl.program_id(0).to(tl.int64) * new + tl.program_id(1)) * D + o_d
+    o_in = (tl.program_id(1).to(tl.int64) * new + tl.program_id(0)) * D + o_d
     o_out = ((page * heads + head) * 64 + token % 64) * D + o_d
     tl.store(p_keys + o_out, tl.load(p_key + o_in, mask=m_d), mask=m_d)
     tl.store(p_values + o_out, tl.load(p_value + o_in, mask=m_d), mask=m_d)
@@ -211,9 +211,10 @@ def kv16_append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, table:
     check_tensor("value", value, dtype=key.dtype, shape=tuple(key.shape), device=key.device)
     _check_pages(keys, values, kv_heads, size, key)
     check_table(table, lengths, batch, key.device)
+    check_places("key", batch, kv_heads)
     target = target_of(key, "key")
     if key.numel():
-        _append_kernel[(batch * kv_heads, new)](
+        _append_kernel[(new, batch * kv_heads)](
             key, value, keys, values, table, lengths, kv_heads, new, table.shape[1],
             D=size, D2=triton.next_power_of_2(size), num_warps=1, **overlapped(target),
         )  # fmt: skip
@@ -259,6 +260,8 @@ def kv16_attention(
     if not query.numel():
         return y
     rows, pages = heads // kv_heads, table.shape[1]
+    check_scaling(scaling)
+    check_keys(config, "pages_per_split num_warps num_stages")
     c = config or default_config(batch * kv_heads, pages, target)
     splits, empty = -(-pages // c["pages_per_split"]), dict(dtype=torch.float32, device=query.device)
     whole = splits == 1

@@ -33,8 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, to_dtype
-from lqedu_kernels._tensors import check_tensor, target_of
-from lqedu_kernels.kv_pages import BITS, PAGE, Pages, check_pages, check_table, page_values
+from lqedu_kernels._tensors import check_keys, check_tensor, target_of
+from lqedu_kernels.kv_pages import BITS, PAGE, Pages, check_pages, check_scaling, check_table, page_values
 
 __all__ = ["bytes_moved", "default_config", "kv_attention", "kv_attention_reference", "operations", "search_space"]
 
@@ -417,7 +417,7 @@ def kv_attention(
     floats = (torch.float16, torch.bfloat16)
     check_tensor("query", query, dtype=floats, shape=(None, None, None, None), device=getattr(query, "device", None))
     batch, heads, new, size = query.shape
-    kv_heads = keys.codes.shape[1] if isinstance(keys, Pages) and keys.codes.ndim == 4 else 0
+    kv_heads = keys.codes.shape[1] if isinstance(keys, Pages) and getattr(keys.codes, "ndim", 0) == 4 else 0
     check_pages("keys", keys, "key", kv_heads, size, query.device)
     check_pages("values", values, "value", kv_heads, size, query.device)
     check_table(table, lengths, batch, query.device)
@@ -431,8 +431,10 @@ def kv_attention(
     y = torch.empty_like(query)
     if not query.numel():
         return y
-    if config is not None and (lacking := {"pages_per_split", "num_warps", "num_stages"} - set(config)):
-        raise ValueError(f"config lacks {', '.join(sorted(lacking))}: take one from search_space, or None")
+    check_scaling(scaling)
+    if longest is not None and (not isinstance(longest, int) or longest < 1):
+        raise ValueError(f"longest must be a number of tokens of at least 1, or None, got {longest!r}")
+    check_keys(config, "pages_per_split num_warps num_stages")
     rows = heads // kv_heads * new
     columns = 16 if rows > 8 and size <= 128 else 8  # more would not fit the registers of one warp
     blocks = -(-rows // columns)

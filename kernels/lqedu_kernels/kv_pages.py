@@ -47,6 +47,8 @@ __all__ = [
 
 #: Tokens of a page.
 PAGE = 64
+#: Programs on the second axis of a grid, at most: heads of all sequences that one launch appends to.
+MOST_PLACES = 65535
 BITS = {"kv4": 4, "kv8": 8, "fp8": 8}
 Role = Literal["key", "value"]
 
@@ -184,9 +186,9 @@ def _half(scale: Tensor) -> Tensor:
     return torch.where(half == 0, torch.ones_like(half), half).to(torch.float32)
 
 
-def _check_kind(kind: str, head_dim: int) -> None:
-    if kind not in BITS:
-        raise ValueError(f"kind is one of {', '.join(BITS)}, got {kind!r}")
+def _check_kind(kind: str, head_dim: int, argument: str = "kind") -> None:
+    if kind not in tuple(BITS):
+        raise ValueError(f"{argument} is one of {', '.join(BITS)}, got {kind!r}")
     if head_dim % 32 or not 32 <= head_dim <= 256:
         raise ValueError(f"head_dim is a multiple of 32 from 32 to 256, got {head_dim}: pad the heads with zeros")
 
@@ -195,7 +197,7 @@ def check_pages(argument: str, pages: Pages, role: Role, kv_heads: int, head_dim
     """Pages of the shape that heads of this size ask for (TypeError, ValueError)."""
     if not isinstance(pages, Pages):
         raise TypeError(f"{argument} must be Pages, as empty_pages makes them, got {type(pages).__name__}")
-    _check_kind(pages.kind, head_dim)
+    _check_kind(pages.kind, head_dim, f"{argument}.kind")
     fields = 16 // BITS[pages.kind]
     shape = (PAGE, head_dim // fields) if role == "key" else (head_dim, PAGE // fields)
     check_tensor(f"{argument}.codes", pages.codes, dtype=torch.int16, shape=(None, kv_heads, *shape), device=device)
@@ -209,6 +211,23 @@ def check_table(table: Tensor, lengths: Tensor, batch: int, device: torch.device
     check_tensor("table", table, dtype=torch.int32, shape=(batch, None), device=device, what=what)
     what = "tokens of each sequence, new ones included"
     check_tensor("lengths", lengths, dtype=torch.int32, shape=(batch,), device=device, what=what)
+    if batch and not table.shape[1]:
+        raise ValueError(f"table has no page for {batch} sequences: give each at least one, of {PAGE} tokens")
+
+
+def check_scaling(scaling: float | None) -> None:
+    """What scores are multiplied with is a number, or left to the kernel (TypeError)."""
+    if scaling is not None and not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a number, or None for D ** -0.5, got {type(scaling).__name__}")
+
+
+def check_places(argument: str, batch: int, kv_heads: int) -> None:
+    """Sequences times heads fit the second axis of a grid (ValueError)."""
+    if batch * kv_heads > MOST_PLACES:
+        raise ValueError(
+            f"{argument} has {batch} sequences of {kv_heads} heads, but one launch serves {MOST_PLACES} heads at most: "
+            "append some sequences at a time"
+        )
 
 
 @triton.jit
@@ -308,24 +327,25 @@ def _append_kernel(
     FIELDS: tl.constexpr = 4 if VALUE == "kv4" else 2
     COLUMNS: tl.constexpr = 64 // FIELDS
     # Column j of a page holds tokens j, j + 64/FIELDS, ...; those at start .. length are new.
-    sequence = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
+    place, tile = tl.program_id(1), tl.program_id(0)
+    sequence = place // heads
+    head = place % heads
     length = tl.load(p_lengths + sequence)
     start = length - new
     if ONE:  # few are new, no two of them in one column: one token a program
-        column = (start + tl.program_id(1)) % COLUMNS
-        page = (start + tl.program_id(1)) // 64
-        field = tl.arange(0, 1) + (start + tl.program_id(1)) % 64 // COLUMNS
+        column = (start + tile) % COLUMNS
+        page = (start + tile) // 64
+        field = tl.arange(0, 1) + (start + tile) % 64 // COLUMNS
     else:  # all columns of every page that is touched
-        column = tl.program_id(1) % COLUMNS
-        page = tl.maximum(start, 0) // 64 + tl.program_id(1) // COLUMNS
+        column = tile % COLUMNS
+        page = tl.maximum(start, 0) // 64 + tile // COLUMNS
         field = tl.arange(0, FIELDS)
     token = page * 64 + column + field * COLUMNS  # [TOKENS]
     m_new = (token >= tl.maximum(start, 0)) & (token < length)
     if tl.max(m_new.to(tl.int32), 0) == 0:
         return
     page = tl.load(p_table + sequence * table_width + page).to(tl.int64) * heads + head
-    row = (tl.program_id(0).to(tl.int64) * new + token - start) * D
+    row = (place.to(tl.int64) * new + token - start) * D
     slot = page * 64 + token % 64
     if tl.program_id(2) == 0:
         _append_keys(
@@ -359,7 +379,8 @@ def kv_append(
             FP16 scales reach: a kernel cannot refuse what it finds on the device.
         keys, values: pages, which may differ in kind.
         table: int32 ``[batch, pages of the longest sequence]``.
-        lengths: int32 ``[batch]``, tokens of each sequence with the new ones: they are its last.
+        lengths: int32 ``[batch]``, tokens of each sequence with the new ones: they are its last. At most 64 times the
+            table's width; a kernel cannot refuse what it finds on the device.
         clip_ratio: the range of a token is multiplied by this (kv4, kv8).
         zero_point: "float" (FP16) or "integer" (rounded to a code).
         scales: float16 ``[kv_heads]`` of keys and of values, instead of each token's own (fp8, calibrated).
@@ -374,15 +395,18 @@ def kv_append(
     check_pages("keys", keys, "key", kv_heads, head_dim, key.device)
     check_pages("values", values, "value", kv_heads, head_dim, key.device)
     check_table(table, lengths, batch, key.device)
-    if not 0 < clip_ratio <= 1:
-        raise ValueError(f"clip_ratio lies in (0, 1], got {clip_ratio}")
+    if not isinstance(clip_ratio, (int, float)) or not 0 < clip_ratio <= 1:
+        raise ValueError(f"clip_ratio lies in (0, 1], got {clip_ratio!r}")
     if zero_point not in ("float", "integer"):
         raise ValueError(f"zero_point is 'float' or 'integer', got {zero_point!r}")
     if scales is not None:
         if {keys.kind, values.kind} != {"fp8"}:
             raise ValueError("scales are for fp8 pages; kv4 and kv8 take each token's own range: leave scales=None")
+        if not isinstance(scales, tuple) or len(scales) != 2:
+            raise TypeError("scales must be a tuple of two tensors, of keys and of values")
         for name, scale in zip(("scales[0]", "scales[1]"), scales, strict=True):
             check_tensor(name, scale, dtype=torch.float16, shape=(kv_heads,), device=key.device)
+    check_places("key", batch, kv_heads)
     target_of(key, "key")
     if not key.numel():
         return
@@ -390,7 +414,7 @@ def kv_append(
     whole = new > columns
     tiles = (new + 2 * PAGE - 2) // PAGE * columns if whole else new
     key_scale, value_scale = (keys.numbers, values.numbers) if scales is None else scales
-    _append_kernel[(batch * kv_heads, tiles, 2)](
+    _append_kernel[(tiles, batch * kv_heads, 2)](
         key, value, keys.codes, keys.numbers.view(torch.int32), values.codes, values.numbers.view(torch.int32), table, lengths,
         key_scale, value_scale, clip_ratio, kv_heads, new, table.shape[1],
         D=head_dim, D2=triton.next_power_of_2(head_dim), KEY=keys.kind, VALUE=values.kind, INTEGER=zero_point == "integer",

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype, to_float8_e4m3
-from lqedu_kernels._tensors import Target, target_of
+from lqedu_kernels._tensors import Target, check_keys, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -400,8 +400,7 @@ def rmsnorm_quantize(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, one number for each column of x, got {type(weight).__name__}")
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {eps!r}")
+    check_eps(eps)
     return _launch(x, grid, sums, config, "quantize/rmsnorm", weight=weight, eps=eps, residual=residual)
 
 
@@ -440,6 +439,7 @@ def _launch(
     )
     if m == 0:
         return out
+    check_keys(config, "piece warps stages resident")
     measured = configuration(operation, m, k, k, gpu=target.name)
     if measured is not None and not _suits(measured["piece"], k):
         measured = None
@@ -455,9 +455,17 @@ def _launch(
     return out
 
 
+def check_eps(eps: float) -> None:
+    """What is added to a mean of squares is a number of at least 0 (TypeError, ValueError)."""
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}: take the norm's, often 1e-5 or 1e-6")
+
+
 def check_grid(grid: TokenGrid, sums: bool, target: Target) -> None:
     """Refuse fields that contradict each other, and formats the GPU has no conversion for."""
-    if not isinstance(grid, TokenGrid) or grid.format not in LARGEST:
+    if not isinstance(grid, TokenGrid) or grid.format not in tuple(LARGEST):
         raise ValueError(f"grid must be a TokenGrid of format 'int8', 'int4' or 'e4m3', got {grid!r}")
     if grid.format == "e4m3":
         if not grid.symmetric or grid.clip_ratio != 1 or sums:
@@ -468,8 +476,8 @@ def check_grid(grid: TokenGrid, sums: bool, target: Target) -> None:
             raise ValueError(
                 f"grid has format 'e4m3', but a {target.name} has no FP8: use 'int8', or capability 8.9 or newer"
             )
-    if not 0 < grid.clip_ratio <= 1:
-        raise ValueError(f"grid must have a clip_ratio above 0 and at most 1, got {grid.clip_ratio}")
+    if not isinstance(grid.clip_ratio, (int, float)) or not 0 < grid.clip_ratio <= 1:
+        raise ValueError(f"grid must have a clip_ratio above 0 and at most 1, got {grid.clip_ratio!r}")
     if grid.group_size is not None and (grid.format != "e4m3" or grid.group_size not in (32, 64, 128, 256)):
         raise ValueError(
             f"grid must have group_size None, or 32, 64, 128 or 256 with format 'e4m3', got {grid.group_size}"

@@ -24,7 +24,7 @@ from lqedu_kernels._schedule import after_previous, overlapped
 from lqedu_kernels._tensors import Target, check_tensor, target_of
 from lqedu_kernels.kv16 import kv16_append_reference
 from lqedu_kernels.kv_pages import PAGE, check_table
-from lqedu_kernels.quantize import reciprocal, rmsnorm_reference, silu_reference
+from lqedu_kernels.quantize import check_eps, reciprocal, rmsnorm_reference, silu_reference
 
 __all__ = [
     "rmsnorm", "rmsnorm_reference", "rope", "rope_append", "rope_append_reference", "rope_reference", "silu_mul",
@@ -186,6 +186,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
         TypeError, ValueError: an argument of another dtype, shape, device or layout than this; see the message.
     """
     check_tensor("x", x, dtype=_FLOATS, shape=(None, None), device=getattr(x, "device", None))
+    check_eps(eps)
     target, (m, k) = target_of(x, "x"), x.shape
     if not 0 < k <= LONGEST:
         raise ValueError(f"x must have rows of 1 to {LONGEST} elements, got {k}")
@@ -262,7 +263,7 @@ def rope(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, device or layout than this; see the message.
     """
-    target, size = _check_rope(qkv, cos, sin, heads, kv_heads, norms)
+    target, size = _check_rope(qkv, cos, sin, heads, kv_heads, norms, eps)
     check_tensor("positions", positions, dtype=torch.int32, shape=(len(qkv),), device=qkv.device)
     m = len(qkv)
     q, k, v = (torch.empty(m, n, size, dtype=qkv.dtype, device=qkv.device) for n in (heads, kv_heads, kv_heads))
@@ -302,7 +303,7 @@ def rope_append(
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, device or layout than this; see the message.
     """
-    target, size = _check_rope(qkv, cos, sin, heads, kv_heads, norms)
+    target, size = _check_rope(qkv, cos, sin, heads, kv_heads, norms, eps)
     check_tensor("keys", keys, dtype=qkv.dtype, shape=(None, kv_heads, PAGE, size), device=qkv.device, what="pages")
     check_tensor("values", values, dtype=qkv.dtype, shape=tuple(keys.shape), device=qkv.device, what="pages")
     check_table(table, lengths, len(qkv), qkv.device)
@@ -316,17 +317,22 @@ def rope_append(
 
 
 def _check_rope(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, norms: tuple[Tensor, Tensor] | None
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, norms: tuple[Tensor, Tensor] | None, eps: float
 ) -> tuple[Target, int]:
-    check_tensor("cos", cos, dtype=torch.float32, shape=(None, None), device=getattr(qkv, "device", None))
+    check_eps(eps)
+    check_tensor("qkv", qkv, dtype=_FLOATS, shape=(None, None), device=getattr(qkv, "device", None))
+    check_tensor("cos", cos, dtype=torch.float32, shape=(None, None), device=qkv.device)
     size = cos.shape[1]
-    if kv_heads < 1 or heads < 1 or heads % kv_heads:
-        raise ValueError(f"heads must be a multiple of kv_heads, both at least 1, got {heads} and {kv_heads}")
+    whole = isinstance(heads, int) and isinstance(kv_heads, int)
+    if not whole or kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, both at least 1, got {heads!r} and {kv_heads!r}")
     check_tensor("qkv", qkv, dtype=_FLOATS, shape=(None, (heads + 2 * kv_heads) * size), device=cos.device)
     target = target_of(qkv, "qkv")
     check_tensor("sin", sin, dtype=torch.float32, shape=tuple(cos.shape), device=cos.device)
-    if size % 2:
+    if size % 2 or not size:
         raise ValueError(f"cos has {size} columns, but a head is turned in pairs of features: take an even head size")
+    if norms is not None and (not isinstance(norms, tuple) or len(norms) != 2):
+        raise TypeError("norms must be a tuple of two tensors, the weights for queries and for keys, or None")
     for name, norm in zip(("norms[0]", "norms[1]"), norms or (), strict=norms is not None):
         check_tensor(name, norm, dtype=qkv.dtype, shape=(size,), device=qkv.device)
     return target, size

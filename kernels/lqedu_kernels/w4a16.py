@@ -49,6 +49,13 @@ __all__ = [
 BLOCK = 128  # inputs of a block; a group of 32, 64 or 128 never crosses one
 LANES = 32  # words of a block
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+#: The keys of a configuration, for each kernel it may name.
+_KERNELS = {
+    "few": "block_m block_n slices splits warps stages",
+    "many": "block_m block_n warps stages group_m programs",
+    "hopper": "block_m block_n warps stages group_m share",
+    "hopper_few": "block_m rows warps blocks programs ahead registers overlap",
+}
 
 
 def w4a16_reference(
@@ -481,7 +488,7 @@ def w4a16_matmul(
     if m == 0:
         return y
     float_zero = zero is not None and zero.is_floating_point()
-    check_kernel(config, ("few", "many", "hopper", "hopper_few"))
+    check_kernel(config, _KERNELS)
     operation = _operation(x.dtype, group_size, float_zero)
     c = config or configuration(operation, m, n, k, gpu=target.name) or default_config(m, n, k, target)
     if c["kernel"] in ("hopper", "hopper_few"):
@@ -553,7 +560,7 @@ def _check(x, words, scale, zero, group_size, bias) -> Target:
     n = words.shape[0]
     if k == 0 or n == 0:
         raise ValueError(f"x and words describe a weight of shape {[n, k]}, but n and k must be at least 1")
-    if group_size not in (None, 32, 64, 128):
+    if group_size not in (None, 32, 64, 128) or isinstance(group_size, float):
         raise ValueError(f"group_size must be 32, 64, 128 or None (per channel), got {group_size!r}")
     groups = 1 if group_size is None else -(-k // group_size)
     check_tensor("scale", scale, dtype=_FLOATS, shape=(groups, n), device=device, what="[ceil(k / group_size), n]")

@@ -65,6 +65,13 @@ __all__ = [
 
 BLOCK = 128  # inputs whose nibbles share 64 bytes of a row
 MOST_K = 2**17 - BLOCK  # 16 q x sums of so many products fit int32
+#: The keys of a launch, for each kernel it may name.
+_KERNELS = {
+    "one": "BN B num_warps AHEAD",
+    "few": "BN BM B num_warps num_stages AHEAD",
+    "tile": "BN BM B GROUP_M num_warps num_stages AHEAD",
+    "hopper": "block_m block_n warps stages group_m share",
+}
 
 
 def w4a8_reference(
@@ -584,7 +591,7 @@ def w4a8_matmul(
     if m == 0 or n == 0:
         return y
     form = "channel" if groups is None else "integer" if groups.dtype == torch.int16 else "ratio"
-    check_kernel(config, ("one", "few", "tile", "hopper"))
+    check_kernel(config, _KERNELS)
     name = "w4a8/channel" if groups is None else f"w4a8/{form}{group_size}"
     launch = dict(config or configuration(name, m, n, k, gpu=target.name) or default_config(m, n, k))
     if launch["kernel"] == "hopper":
@@ -656,7 +663,7 @@ def _check(
     check_tensor("x_scale", x_scale, dtype=torch.float32, shape=(m,), device=x.device)
     check_tensor("scale", scale, dtype=(torch.float16, torch.float32), shape=(n,), device=x.device)
     if groups is not None:
-        if group_size not in (64, 128) or k % group_size:
+        if group_size not in (64, 128) or isinstance(group_size, float) or k % group_size:
             raise ValueError(f"group_size must be 64 or 128 and divide the {k} inputs of x, got {group_size}")
         shape = (k // group_size, -(-n // 8) * 8)
         check_tensor(

@@ -8,9 +8,11 @@ import torch
 
 from lqedu_kernels import _tensors
 from lqedu_kernels.fp8 import fp8_matmul
+from lqedu_kernels.hadamard import hadamard_transform
 from lqedu_kernels.kv_attention import kv_attention
-from lqedu_kernels.kv_pages import empty_pages, kv_append
-from lqedu_kernels.quantize import rmsnorm_quantize, silu_quantize
+from lqedu_kernels.kv_pages import check_places, empty_pages, kv_append
+from lqedu_kernels.quantize import TokenGrid, quantize_tokens, rmsnorm_quantize, silu_quantize
+from lqedu_kernels.steps16 import rope
 from lqedu_kernels.w4a8 import w4a8_matmul
 from lqedu_kernels.w4a16 import pack_w4a16, w4a16_matmul
 from lqedu_kernels.w8a8 import w8a8_matmul
@@ -61,8 +63,53 @@ class Arguments:
         (lambda a: empty_pages("kv4", "keys", 1, 1, 64, device="cpu"), "role is 'key' or 'value', got 'keys'"),
         (lambda a: kv_append(None, a.key, *a.pages, a.table, a.lengths), "key must be a tensor, got NoneType"),
         (
+            lambda a: kv_append(
+                a.key,
+                a.key,
+                *[empty_pages("fp8", role, 2, 2, 64, device=a.key.device) for role in ("key", "value")],
+                a.table,
+                a.lengths,
+                scales=(a.two.half(),),
+            ),
+            "scales must be a tuple of two tensors",
+        ),
+        (
+            lambda a: kv_append(a.key, a.key, *a.pages, a.table[:, :0].contiguous(), a.lengths),
+            "table has no page for 1 sequences",
+        ),
+        (
+            lambda a: kv_append(a.key, a.key, a.pages[0]._replace(kind="int3"), a.pages[1], a.table, a.lengths),
+            "keys.kind is one of kv4, kv8, fp8, got 'int3'",
+        ),
+        (lambda a: kv_attention(a.query, *a.pages, a.table, a.lengths, scaling="x"), "scaling must be a number"),
+        (lambda a: kv_attention(a.query, *a.pages, a.table, a.lengths, longest=-1), "longest must be .* got -1"),
+        (lambda a: rmsnorm_quantize(a.x, a.x[0], eps=-1.0), "eps must be at least 0, got -1.0"),
+        (lambda a: quantize_tokens(a.x, TokenGrid(clip_ratio="1")), "grid must have a clip_ratio above 0"),
+        (lambda a: hadamard_transform(a.x, stride=None), "stride must be a whole number of at least 1, got None"),
+        (lambda a: w4a16_matmul(a.x, a.words, a.row, group_size=128.0), "group_size must be 32, 64, 128 or None"),
+        (
+            lambda a: rope(None, a.one, a.one, a.lengths, heads=1, kv_heads=1),
+            "qkv must be a tensor, got NoneType",
+        ),
+        (
+            lambda a: rope(a.x, a.w8[:, :32].float(), a.w8[:, :32].float(), a.table[0], heads=2, kv_heads=1, norms=[]),
+            "norms must be a tuple of two tensors",
+        ),
+        (lambda a: check_places("key", 8192, 8), "key has 8192 sequences of 8 heads, but one launch serves 65535"),
+        (
             lambda a: kv_attention(a.query, *a.pages, a.table, a.lengths, config={"num_warps": 1}),
-            "config lacks num_stages",
+            "config lacks pages_per_split, num_stages",
+        ),
+        (lambda a: quantize_tokens(a.x, config={"piece": 128}), "config lacks warps, stages, resident"),
+        (lambda a: w4a16_matmul(a.x, a.words, a.row, config="few"), "config must be a dict, got str"),
+        (lambda a: w4a16_matmul(a.x, a.words, a.row, config={"kernel": "many", "block_m": 16}), "config lacks block_n"),
+        (
+            lambda a: w8a8_matmul(a.x8, a.one, a.w8, a.one, config={"kernel": "split", "splits": 1}),
+            "config lacks block_m, block_n, block_k, warps, stages, group_m",
+        ),
+        (
+            lambda a: w4a8_matmul(a.x8, a.two, a.nibbles, a.eight, config={"kernel": "one", "BN": 4, "B": 1}),
+            "config lacks num_warps, AHEAD",
         ),
     ],
 )
@@ -90,10 +137,12 @@ def test_another_device_than_the_current_one_is_refused(monkeypatch: pytest.Monk
 @pytest.mark.skipif(_tensors.HAS_GLUON, reason="here the Gluon kernels may run")
 def test_a_configuration_that_cannot_run_is_not_replaced(device: torch.device) -> None:
     a = Arguments(device)
+    four = {"kernel": "hopper", "block_m": 64, "block_n": 128, "warps": 8, "stages": 8, "group_m": 8, "share": False}
+    eight = {"kernel": "hopper", "block_m": 128, "block_n": 64, "stages": 7, "group_m": 8, "lead": 2}
     for call in (
-        lambda: w4a16_matmul(a.x, a.words, a.row, config={"kernel": "hopper"}),
-        lambda: w4a8_matmul(a.x8, a.two, a.nibbles, a.eight, config={"kernel": "hopper"}),
-        lambda: w8a8_matmul(a.x8, a.one, a.w8, a.one, config={"kernel": "hopper"}),
+        lambda: w4a16_matmul(a.x, a.words, a.row, config=four),
+        lambda: w4a8_matmul(a.x8, a.two, a.nibbles, a.eight, config=four),
+        lambda: w8a8_matmul(a.x8, a.one, a.w8, a.one, config=eight),
     ):
         with pytest.raises(ValueError, match=r"config asks for .* Triton 3\.6.*take another config, or None"):
             call()

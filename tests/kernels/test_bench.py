@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 
 from lqedu.book.results import read_result
 from lqedu_kernels import tuning
+from lqedu_kernels.bench import __main__ as bench
 from lqedu_kernels.bench import record
 
 
@@ -31,6 +34,24 @@ def test_without_a_commit_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(RuntimeError, match="LQEDU_COMMIT"):
         record.write(tmp_path / "kernels_test.json", title="A test", configuration={}, rows=[])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_would_fail_at_the_end_fails_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "ceilings", lambda device: pytest.fail("timed"))
+    with pytest.raises(typer.BadParameter, match="no operation 'w4'; there are: w4a16"):
+        bench.main(op="w4", out=tmp_path / "x.json")
+    with pytest.raises(typer.BadParameter, match=r"there is no folder .*none to write to"):
+        bench.main(op="all", out=tmp_path / "none" / "x.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def unknown() -> tuple[str, bool]:
+        raise RuntimeError("set LQEDU_COMMIT")
+
+    monkeypatch.setattr(bench, "state_of_code", unknown)
+    with pytest.raises(typer.BadParameter, match="set LQEDU_COMMIT"):
+        bench.main(op="all", out=tmp_path / "x.json")
 
 
 @pytest.fixture

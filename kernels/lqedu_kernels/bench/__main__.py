@@ -15,7 +15,7 @@ import typer
 from lqedu_kernels.bench import families
 from lqedu_kernels.bench.cases import OURS, Case
 from lqedu_kernels.bench.ceilings import ceilings
-from lqedu_kernels.bench.record import write
+from lqedu_kernels.bench.record import state_of_code, write
 from lqedu_kernels.bench.timing import ROTATION_BYTES, time_calls
 
 #: No speed is reported of a result whose worst column is further from the reference. 16-bit results are off by 2^-11 of
@@ -31,22 +31,33 @@ def main(
     replays: Annotated[int, typer.Option(min=3, help="Samples of each kernel and size.")] = 20,
 ) -> None:
     """Time the kernels on this machine's GPU and write a result file."""
-    if not torch.cuda.is_available():
-        raise typer.BadParameter(
-            "there is no CUDA GPU here; the kernels run on the CPU only in Triton's interpreter, which has no speed"
-        )
     if op != "all" and op.split("/")[0] not in families.FAMILIES:
         raise typer.BadParameter(
             f"no operation {op!r}; there are: {', '.join(families.FAMILIES)}, and all", param_hint="--op"
         )
+    if not out.absolute().parent.is_dir():  # all that follows takes minutes: what would fail at its end fails now
+        raise typer.BadParameter(f"there is no folder {out.parent} to write to: make it first", param_hint="--out")
+    if not torch.cuda.is_available():
+        raise typer.BadParameter(
+            "there is no CUDA GPU here; the kernels run on the CPU only in Triton's interpreter, which has no speed"
+        )
+    try:
+        state_of_code()
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
     device = torch.device("cuda", torch.cuda.current_device())
     rows: list[dict[str, object]] = ceilings(device)
     for row in rows:
         print(f"{row['kernel']:28} {row['rate'] / 1e12:9.1f} T{row['rate_unit']}", file=sys.stderr)
+    ceiling_rows = len(rows)
     for name, family in families.FAMILIES.items():
         if op == "all" or op.split("/")[0] == name:
             for case in family(device, op if "/" in op else None):
                 rows += _measure(case, replays)
+    if len(rows) == ceiling_rows:
+        raise typer.BadParameter(
+            f"{op!r} is no variant of {op.split('/')[0]}; the result files name those there are", param_hint="--op"
+        )
     configuration = {"op": op, "replays": replays, "rotation_bytes": ROTATION_BYTES, "device": "cuda"}
     write(
         out,

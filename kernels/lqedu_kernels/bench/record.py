@@ -22,7 +22,7 @@ def write(path: Path, *, title: str, configuration: Mapping[str, object], rows: 
     Raises:
         RuntimeError: the commit is unknown: neither a git checkout nor the environment variable ``LQEDU_COMMIT``.
     """
-    commit, dirty = _commit()
+    commit, dirty = state_of_code()
     fields = {
         "schema": 1,
         "name": path.stem,
@@ -49,7 +49,12 @@ def _summarised(row: Mapping[str, object]) -> dict[str, object]:
     return {**row, "samples": samples, "median": median, "spread": statistics.median(abs(s - median) for s in samples)}
 
 
-def _commit() -> tuple[str, bool]:
+def state_of_code() -> tuple[str, bool]:
+    """The commit, and whether the checkout differs from it.
+
+    Raises:
+        RuntimeError: neither a git checkout nor ``LQEDU_COMMIT`` says so.
+    """
     if stated := os.environ.get("LQEDU_COMMIT"):
         return stated.removesuffix("-dirty"), stated.endswith("-dirty")
     here = str(Path(__file__).resolve().parent)

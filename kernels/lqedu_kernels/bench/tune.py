@@ -27,9 +27,15 @@ def main(
     processes: Annotated[int, typer.Option(min=1, help="That compile at once.")] = min(14, os.cpu_count() or 1),
 ) -> None:
     """Time every candidate at every size and keep the fastest."""
+    wanted = op.split(",")
+    if unknown := [part for part in wanted if part.split("/")[0] not in families.FAMILIES]:
+        raise typer.BadParameter(
+            f"no operation {unknown[0]!r}; there are: {', '.join(families.FAMILIES)}", param_hint="--op"
+        )
+    if not out.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {out.parent} to write to: make it first", param_hint="--out")
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA GPU here to tune for")
-    wanted = op.split(",")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         list(pool.map(_compile, [(part, i, processes) for part in wanted for i in range(processes)]))

@@ -26,10 +26,15 @@ kernel is compiled at its first call, in a configuration that is looked up, neve
 """
 
 try:
-    import triton  # noqa: F401
+    import triton
 except ImportError as error:
     raise ImportError(
-        "lqedu_kernels needs Triton 3.6 to 3.9, which is not installed here: pip install 'lqedu[gpu]' on a machine with an NVIDIA GPU."
+        "lqedu_kernels needs Triton 3.6 to 3.9, which is not installed here: pip install 'lqedu[gpu]' under Linux; without an NVIDIA GPU it "
+        "interprets."
     ) from error
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    raise ImportError(
+        f"lqedu_kernels needs Triton 3.6 to 3.9, and this is {triton.__version__}: pip install -U torch 'lqedu[gpu]'."
+    )
 
 __version__ = "0.1.0"

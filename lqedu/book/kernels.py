@@ -5,7 +5,6 @@ and Triton.
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lqedu.book.display import Table, table
@@ -27,10 +26,12 @@ def has_kernels() -> bool:
 
     Chapters show recorded times everywhere, and run the kernels' references where Triton is installed.
     """
-    if find_spec("triton") is not None:
-        return True
-    print("Triton is not installed here (pip install 'lqedu[gpu]' on Linux), so the kernel's own checks are skipped.")
-    return False
+    try:
+        import lqedu_kernels  # noqa: F401
+    except ImportError as error:
+        print(f"{error} The kernel's own checks are skipped.")
+        return False
+    return True
 
 
 def ceilings(result: Mapping[str, Any]) -> dict[str, float]:

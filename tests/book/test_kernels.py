@@ -1,5 +1,7 @@
 """Rows of recorded kernel times: ratios, the best peer, and the floor that bytes and operations set."""
 
+import sys
+
 import pytest
 
 from lqedu.book import kernels
@@ -71,7 +73,8 @@ def test_the_error_of_a_kernel_is_one_rounding() -> None:
 
 
 def test_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "lqedu_kernels", raising=False)
     assert not kernels.has_kernels()
     assert "lqedu[gpu]" in capsys.readouterr().out
     assert kernels.kernel_error(None, generator=None) is None  # nothing else is asked for

@@ -569,7 +569,7 @@ def w4a8_matmul(
     """``y = x_scale (scale (x w8^T)) + bias`` from int8 tokens and 4-bit weights; the tensors are described above.
 
     Args:
-        x, x_scale: int8 ``[M, K]`` and float32 ``[M]``.
+        x, x_scale: int8 ``[M, K]`` and float32 ``[M]``; of ``quantize_tokens``, ``codes`` and ``scale.flatten()``.
         codes, scale: uint8 ``[N, 64 ceil(K/128)]`` of :func:`pack_w4a8`, and float16 or float32 ``[N]``.
         groups, group_size: ``None`` per channel; int16 of :func:`pack_groups` or float16 of :func:`pack_ratios`, and 64 or 128.
         zero, x_sum: int32 ``[N]`` and ``[M]``, both or neither, per channel: ``zero[n] x_sum[m]`` leaves the sum. With
@@ -660,7 +660,7 @@ def _check(
         "codes", codes, dtype=torch.uint8, shape=(None, -(-k // BLOCK) * 64), device=x.device, what="pack_w4a8"
     )
     n = codes.shape[0]
-    check_tensor("x_scale", x_scale, dtype=torch.float32, shape=(m,), device=x.device)
+    check_tensor("x_scale", x_scale, dtype=torch.float32, shape=(m,), device=x.device, what="of a column: .flatten()")
     check_tensor("scale", scale, dtype=(torch.float16, torch.float32), shape=(n,), device=x.device)
     if groups is not None:
         if group_size not in (64, 128) or isinstance(group_size, float) or k % group_size:
@@ -675,7 +675,7 @@ def _check(
         )
     if zero is not None:
         check_tensor("zero", zero, dtype=torch.int32, shape=(n,), device=x.device, what="of the signed codes")
-        check_tensor("x_sum", x_sum, dtype=torch.int32, shape=(m,), device=x.device, what="x.sum(1)")
+        check_tensor("x_sum", x_sum, dtype=torch.int32, shape=(m,), device=x.device, what="x.sum(1), dtype=torch.int32")
     if dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"dtype must be float16 or bfloat16, got {dtype}")
     if bias is not None:

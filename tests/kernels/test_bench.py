@@ -10,7 +10,7 @@ import typer
 from lqedu.book.results import read_result
 from lqedu_kernels import tuning
 from lqedu_kernels.bench import __main__ as bench
-from lqedu_kernels.bench import record
+from lqedu_kernels.bench import record, steps
 
 
 def test_the_file_obeys_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +52,12 @@ def test_what_would_fail_at_the_end_fails_before_anything_is_timed(
     monkeypatch.setattr(bench, "state_of_code", unknown)
     with pytest.raises(typer.BadParameter, match="set LQEDU_COMMIT"):
         bench.main(op="all", out=tmp_path / "x.json")
+
+
+def test_teaching_kernels_refuse_what_their_tiles_do_not_cover() -> None:
+    x, scale = torch.zeros(100, 256, dtype=torch.float16), torch.zeros(2, 192, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"\[192, 256\], but for 100 rows it must be a multiple of \[128, 128\]"):
+        steps.step_matmul("naive", x, torch.zeros(32, 192, dtype=torch.int32), scale, scale)
 
 
 @pytest.fixture

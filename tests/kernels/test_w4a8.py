@@ -247,7 +247,7 @@ REFUSALS = [
     ),
     ({"x": torch.zeros(2, 2**17, dtype=torch.int8)}, ValueError, "x has 131072 inputs"),
     ({"x": torch.zeros(4, 256, dtype=torch.int8)[::2]}, ValueError, "x (tokens) is not contiguous"),
-    ({"x_scale": torch.ones(3)}, ValueError, "x_scale must have shape [2], got [3]"),
+    ({"x_scale": torch.ones(3)}, ValueError, "x_scale (of a column: .flatten()) must have shape [2], got [3]"),
     ({"codes": torch.zeros(32, 64, dtype=torch.uint8)}, ValueError, "codes (pack_w4a8) must have shape [any, 128]"),
     ({"scale": torch.ones(32, dtype=torch.float64)}, TypeError, "scale must be float16 or float32"),
     ({"groups": torch.zeros(2, 32)}, TypeError, "groups (pack_groups) must be int16 or float16"),

@@ -149,10 +149,18 @@ def tile(name: str, m: int) -> tuple[int, int, int, int]:
 def step_matmul(name: str, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """One of the four: x float16 ``[M, K]``, the packed codes of its ``STEPS`` entry, scale and zero float16 ``[K / 128, N]``.
 
-    Tiles of 64 outputs by 16 to 128 rows; M is free, N must be a multiple of 64 and K of 128.
+    Tiles of 64 outputs by 16 to 64 rows, or of 128 by 128. M is free.
+
+    Raises:
+        ValueError: N is no multiple of the outputs of a tile, or K none of 128: these kernels have no masks for what is left.
     """
     (m, k), n = x.shape, scale.shape[1]
     rows, columns, block, warps = tile(name, m)
+    if n % columns or k % GROUP:
+        raise ValueError(
+            f"scale and x describe a weight of [{n}, {k}], but for {m} rows it must be a multiple of [{columns}, {GROUP}]: "
+            "use w4a16_matmul, which takes any size"
+        )
     y = torch.empty(m, n, dtype=torch.float16, device=x.device)
     grid = (triton.cdiv(m, rows), n // columns)
     STEPS[name][0][grid](x, packed, scale, zero, y, m, n, k, rows, columns, block, num_warps=warps, num_stages=3)

@@ -11,7 +11,7 @@ setup(
     package_dir={"lqedu_kernels": "kernels/lqedu_kernels", "lqedu._results": "book/results"},
     package_data={
         "lqedu.viz": ["*.mjs", "*.css"],
-        "lqedu._results": ["*.json"],
+        "lqedu._results": ["*.json", "*.csv", "matrix/*/*.json"],
         "lqedu_kernels": ["configs/*.json", "tables/*.json", "bench/*.md", "bench/notes/*.md"],
     },
     include_package_data=False,

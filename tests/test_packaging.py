@@ -116,7 +116,7 @@ def test_wheel_carries_both_packages_and_the_recorded_results(tmp_path: Path) ->
     for folder, suffixes in (
         ("lqedu", (".py", ".mjs", ".css")),
         ("kernels", (".py", ".json", ".md")),
-        ("book/results", (".json",)),
+        ("book/results", (".json", ".csv")),
     ):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in suffixes and "__pycache__" not in path.parts:

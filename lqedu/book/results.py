@@ -222,8 +222,9 @@ def _rows(result: dict[str, Any]) -> list[str]:
             problems += _samples(row, f"values[{i}]")
         elif {"median", "spread"} & set(row):
             problems.append(f"values[{i}] has a median or spread but no samples")
-    if result["kind"] == "measured" and not any("samples" in row for row in rows if isinstance(row, dict)):
-        problems.append("a measured result needs raw samples in at least one row")
+    told = any("samples" in row or "reason" in row for row in rows if isinstance(row, dict))
+    if result["kind"] == "measured" and not told:
+        problems.append("a measured result needs raw samples in at least one row, or a reason why there are none")
     return problems
 
 

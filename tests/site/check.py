@@ -669,7 +669,7 @@ def result_files(book: Book) -> Iterator[BookProblem]:
     from lqedu.book.results import read_result
     from lqedu.errors import UsageError
 
-    for path in sorted(book.root.glob("book/results/*.json")):
+    for path in sorted(book.root.glob("book/results/**/*.json")):
         if path.name == "schema.json":
             continue
         try:

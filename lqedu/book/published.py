@@ -267,6 +267,26 @@ def coverage(
     return table
 
 
+def explorer_rows(rows: Iterable[Row], models: Sequence[str]) -> list[list[Any]]:
+    """Rows as the explorer ``published`` reads them: perplexities of ``models`` with bits and an FP16 value."""
+    return [
+        [
+            r.model,
+            r.metric,
+            r.protocol == WINDOWS_2048,
+            r.method,
+            str(r.bits),
+            r.bits.per_weight,
+            r.bits.activations,
+            r.value,
+            r.fp16,
+        ]
+        for model in models
+        for r in select(rows, model=model, metric=list(PERPLEXITIES))
+        if r.fp16 is not None and r.bits is not None
+    ]
+
+
 def ranks(values: Sequence[float]) -> list[float]:
     """Ranks from 1; equal values share the mean of theirs.
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lqedu.assets import SMOLLM2, cached_folder, smollm2_gguf
 from lqedu.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
+from lqedu.models.shards import INDEX, Shards
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -66,6 +67,7 @@ def load_model(
     elif Path(name).is_dir():
         with _no_progress_bars():
             model, tokenizer = _load_dense(name, dtype)
+        _check_dense(Path(name), model)
     elif Path(name).exists() or not _HUB_ID.fullmatch(name):
         raise UsageError(_meaningless(name))
     elif _is_quantized_on_hub(name):  # downloads take long: their progress bars stay
@@ -162,6 +164,8 @@ def _load_dense(source: str, dtype: torch.dtype) -> tuple[nn.Module, "PreTrained
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
+    if (Path(source) / INDEX).is_file():
+        Shards(source)  # transformers would follow an index out of the folder
     try:
         with _explained(source, "safetensors weights"):
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -181,6 +185,18 @@ def _load_dense(source: str, dtype: torch.dtype) -> tuple[nn.Module, "PreTrained
         # some files hold a head of their own although their configuration says that it is tied
         model.config.tie_word_embeddings = False
     return model, read_tokenizer(source)
+
+
+def _check_dense(folder: Path, model: nn.Module) -> None:
+    """Refuse (CheckpointError) codes that transformers cast to the dtype asked for: their scales would be lost."""
+    names = {name for name, _ in model.named_parameters()}
+    for name, header in Shards(folder).items():
+        if name in names and header.dtype not in _DTYPES:
+            kind = str(header.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{folder} holds {name} in {kind}, which is no dense weight, and its config.json says of no "
+                "quantization; fetch the model again"
+            )
 
 
 def read_config(source: str | Path) -> "PretrainedConfig":

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import errors as hub
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -155,6 +156,27 @@ def test_what_another_tool_quantized_on_the_hub(tmp_path, folder, monkeypatch):
         model.get_submodule("model.layers.0.mlp.up_proj").codes,
         quantized.get_submodule("model.layers.0.mlp.up_proj").codes,
     )
+
+
+def test_an_index_that_leads_out_of_the_folder(folder):
+    """transformers would read the file."""
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../outside.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names the file '\.\./outside\.safetensors'"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_are_no_dense_weights(folder, dtype):
+    """transformers would cast them, and their scales would be lost."""
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight in .*8.*, which is no dense weight"):
+        load_model(folder)
 
 
 def test_truncated_weights(folder):

@@ -12,8 +12,10 @@ With b bits, K inputs, N outputs, for each linear layer::
 
 What the files leave to who reads them: the scale of a dynamic symmetric int8 input. It is max|x| / 127 here and in
 the kernels of vLLM, max|x| / 127.5 in the simulation of compressed-tensors itself, so its logits differ a little.
-Every other grid is the same number for number. Not written: ``transform_config`` (rotations that run online),
-``kv_cache_scheme`` (constants for a whole layer, where our keys and values have a scale for each token of each head).
+Every other grid is the same number for number. Keys and values: ``kv_cache_scheme`` of E4M3 with a constant for all keys
+and one for all values of a block, ``self_attn.k_scale`` and ``v_scale`` [1], which is what vLLM reads too
+(``quantize_kv(model, "fp8-static", calibration=windows)``). Scales a token have no place there. Not written either:
+``transform_config`` (rotations that run online).
 
 transformers 5.23 cannot load packed zero points into packed weights; ``CompressedTensorsConfig(dequantize=True)``
 loads them.
@@ -44,11 +46,19 @@ from lqedu.errors import CheckpointError, ExportError
 from lqedu.formats import IntGrid, QTensor
 from lqedu.formats.activation import ActivationGrid
 from lqedu.formats.fp8 import Float8ActivationGrid, Float8Grid, Float8Tensor
+from lqedu.formats.kv import KVStaticFloat8
 from lqedu.formats.packing import pack_int32, unpack_int32
+from lqedu.runtime.attention import AttentionPath
 from lqedu.runtime.inputs import InputPath
 
 NAME = "compressed-tensors"
 _E4M3 = torch.float8_e4m3fn
+KEYS_AND_VALUES = AttentionPath(key=KVStaticFloat8(), value=KVStaticFloat8())  # the one path that is written and read
+KV_NAMES = ("k_scale", "v_scale")  # of a block's attention
+_KV_SCHEME = {
+    "num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "strategy": "tensor", "block_structure": None,
+    "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {},
+}  # fmt: skip
 
 
 def encode(linear: LinearParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -125,6 +135,26 @@ def config(schemes: Mapping[str, dict], dense: Sequence[str]) -> dict[str, Any]:
         "ignore": sorted(dense),
         "kv_cache_scheme": None,
     }
+
+
+def attention_config(path: AttentionPath) -> dict[str, Any]:
+    """What ``quantization_config`` says of keys and values (ExportError for any but :data:`KEYS_AND_VALUES`)."""
+    if path != KEYS_AND_VALUES:
+        raise ExportError(
+            f"keys and values of {NAME} are E4M3 with constants of a block, and here each token of each head has a scale "
+            "or keys are transformed; leave them as they come (kv_bits=None or kv='none' of a method), or take "
+            "lqedu.runtime.quantize_kv(model, 'fp8-static', calibration=windows)"
+        )
+    return {"kv_cache_scheme": dict(_KV_SCHEME)}
+
+
+def is_known_cache(scheme: Any) -> bool:
+    """Whether a ``kv_cache_scheme`` is the one of :data:`KEYS_AND_VALUES`."""
+    given = dict(scheme) if isinstance(scheme, Mapping) else {}
+    telling = ("num_bits", "type", "symmetric", "group_size", "strategy", "dynamic")
+    return {"symmetric": True, "group_size": None, "dynamic": False, "strategy": "tensor", **given}.items() >= {
+        key: _KV_SCHEME[key] for key in telling
+    }.items()
 
 
 def schemes(

@@ -15,8 +15,10 @@ What goes where (each cell is what a method has to be asked for; nothing is appr
     qoq           group_size=null, kv_bits=null      -               -        yes
     fp8           kv="none"                          -               -        -
 
-Everywhere: groups along the inputs, integer zero points (gptq: none of 0), and keys and values in floating point but
-for qserve, whose kernels keep them in 4 or 8 bits. A symmetric grid is written with the zero point in the middle, 8
+Everywhere: groups along the inputs and integer zero points (gptq: none of 0). Keys and values, whatever the method:
+gptq and awq leave them in floating point; compressed-tensors has E4M3 with a constant for the keys and one for the
+values of a block (``lqedu.runtime.quantize_kv(model, "fp8-static", calibration=windows)``) and no scales a token;
+qserve keeps them in 4 or 8 bits with a scale a token, as its kernels do. A symmetric grid is written with the zero point in the middle, 8
 of 4 bits. The table is tested: tests/checkpoint/test_export.py tries every cell. Chapter ``21-serving``.
 """
 
@@ -26,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lqedu.atomic import atomic_directory
@@ -35,7 +38,8 @@ from lqedu.checkpoint.layout import LinearParts, parts_of
 from lqedu.checkpoint.weights import distinct, write_weights
 from lqedu.errors import ExportError, GridError, UsageError
 from lqedu.formats.kv import KVInt
-from lqedu.runtime.attention import AttentionPath
+from lqedu.models.anatomy import block_list, describe
+from lqedu.runtime.attention import SCALES, AttentionPath, constants_of
 from lqedu.runtime.inputs import TransformedLinear
 from lqedu.runtime.linear import quantized_linears
 
@@ -104,10 +108,10 @@ def export(
 def exported(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a model in a format, on the CPU, and its ``quantization_config`` (ExportError as in ``export``)."""
     layout, layers = LAYOUTS[format], quantized_linears(model)
-    attention = getattr(model, "lqedu_attention", None)
-    _explain(lambda: _check_attention(attention, format), model, "the attention", format)
-    tensors, schemes = {}, {}
+    of_attention = _explain(lambda: _attention_config(model, format), model, "the attention", format)
+    tensors, schemes = _attention_tensors(model), {}
     own = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers(recurse=False)}
+    own |= {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in SCALES}
     for name, layer in layers.items():
         parts = _on_cpu(parts_of(layer))
         found, schemes[name] = _explain(lambda parts=parts: layout.encode(parts), model, name, format)
@@ -118,8 +122,7 @@ def exported(model: nn.Module, format: str) -> tuple[dict[str, Tensor], dict[str
             f"{online[0]} transforms its input while the model runs, which no format here holds; use lqedu.save"
         )
     config = _explain(lambda: layout.config(schemes, dense), model, "the model", format)
-    if attention is not None:
-        config["kv_bits"] = attention.key.bits
+    config |= of_attention
     others = distinct({key: tensor for key, tensor in model.state_dict().items() if key not in own})[0]
     tensors |= others
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, config
@@ -133,17 +136,35 @@ def _on_cpu(parts: LinearParts) -> LinearParts:
     return LinearParts(weight, parts.path, static)
 
 
-def _check_attention(path: AttentionPath | None, format: str) -> None:
-    """Refuse (ExportError) keys and values that a format does not store as the model does."""
+def _attention_config(model: nn.Module, format: str) -> dict[str, Any]:
+    """What a config says of keys and values (ExportError where a format does not store them as the model does)."""
+    path: AttentionPath | None = getattr(model, "lqedu_attention", None)
     if path is None:
-        return
+        return {}
+    if format == compressed_tensors.NAME:
+        return compressed_tensors.attention_config(path)
     if format != qserve.NAME:
-        raise ExportError(f"keys and values have a scale for each token of each head, which {format} cannot say")
+        raise ExportError(
+            f"keys and values are stored on a grid, and {format} says nothing of them; "
+            "leave them as they come: kv_bits=None or kv='none' of a method, or lqedu.runtime.quantize_kv(model, 16)"
+        )
     kept = path.key
     if path != AttentionPath(key=kept, value=kept) or kept not in (KVInt(4), KVInt(8)):
         raise ExportError(
             f"the kernels of {format} keep keys and values in 4 or 8 bits with float zero points, as they come"
         )
+    return {"kv_bits": kept.bits}
+
+
+def _attention_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Constant scales of keys and values under the names of compressed-tensors."""
+    tensors = {}
+    for index, block in enumerate(block_list(model)):
+        scales = constants_of(block.self_attn)[1:]
+        prefix = f"{describe(model).blocks}.{index}.self_attn"
+        pairs = zip(compressed_tensors.KV_NAMES, scales, strict=True)
+        tensors |= {f"{prefix}.{name}": scale.to(torch.float32) for name, scale in pairs if scale is not None}
+    return tensors
 
 
 def _explain(step: Callable[[], Any], model: nn.Module, name: str, format: str) -> Any:
@@ -160,7 +181,7 @@ def _explain(step: Callable[[], Any], model: nn.Module, name: str, format: str) 
 
 def _holds(format: str, model: nn.Module) -> bool:
     try:
-        _check_attention(getattr(model, "lqedu_attention", None), format)
+        _attention_config(model, format)
         schemes = {
             name: LAYOUTS[format].encode(_on_cpu(parts_of(layer)))[1]
             for name, layer in quantized_linears(model).items()

@@ -32,6 +32,7 @@ from lqedu.runtime.inputs import InputPath
 from lqedu.runtime.kinds import check_layer, describe, layer_of, rebuild
 from lqedu.runtime.linear import quantized_linears
 
+_KV_SCALES = ("lqedu_key_scale", "lqedu_value_scale")  # lqedu.runtime.attention.SCALES, which needs transformers
 RECORD = "lqedu.json"
 FORMAT_VERSION = 1
 
@@ -192,7 +193,12 @@ def install_frames(model: nn.Module, record: dict, folder: Path) -> None:
 
 
 def check_values(model: nn.Module, folder: Path) -> None:
-    """Refuse (CheckpointError) tensors of the right shapes and dtypes that make no weight."""
+    """Refuse (CheckpointError) tensors of the right shapes and dtypes that make no weight, or no scale of keys and values."""
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in _KV_SCALES and not bool((torch.isfinite(buffer) & (buffer > 0)).all()):
+            raise CheckpointError(
+                f"{folder / WEIGHTS} is damaged: {name} is {buffer.tolist()}, no finite scale above 0"
+            )
     for name, layer in quantized_linears(model).items():
         try:
             check_layer(layer)

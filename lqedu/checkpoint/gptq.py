@@ -44,6 +44,12 @@ from lqedu.runtime.permuted import PermutedWeight
 
 NAME = "gptq"
 BITS = (2, 3, 4, 8)
+_NOT_READ = {  # fields of GPTQModel that change what a layer computes
+    "dynamic": "a grid of its own for some layers",
+    "rotation": "a Hadamard transform that runs with every token",
+    "adapter": "low-rank terms beside the weights",
+    "is_marlin_format": "the tiles of a kernel for a layout",
+}
 
 
 def encode(linear: LinearParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -158,8 +164,9 @@ def schemes(
         raise CheckpointError(f"'group_size' of its quantization config is {size}; it is -1 or a size")
     if version not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"its checkpoint_format is {version!r}; gptq and gptq_v2 are read")
-    if config.get("dynamic"):
-        raise CheckpointError("its config has a grid of its own for some layers ('dynamic'), which is not read")
+    for key, what in _NOT_READ.items():
+        if config.get(key):
+            raise CheckpointError(f"its config has {what} ({key!r}), which is not read")
     scheme = {
         "bits": bits,
         "group_size": size,

@@ -11,16 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lqedu.checkpoint import qserve
+from lqedu.checkpoint import compressed_tensors, qserve
 from lqedu.checkpoint.exporting import LAYOUTS
 from lqedu.checkpoint.folder import RECORD, load
+from lqedu.checkpoint.layout import take_scale
 from lqedu.checkpoint.weights import open_weights, shorten
 from lqedu.errors import CheckpointError, GridError, UnsupportedModelError, UsageError
 from lqedu.formats.kv import KVInt
+from lqedu.models.anatomy import block_list, describe
 from lqedu.models.shards import Shards
 from lqedu.rounding import RoundingReport
+from lqedu.runtime.attention import AttentionPath, set_attention_path
 from lqedu.runtime.kinds import layer_of
 
 _OLD_CONFIG = "quantize_config.json"  # AutoGPTQ and AutoAWQ, before config.json held it
@@ -31,8 +35,9 @@ _COMPUTED = ("rotary_emb.inv_freq",)  # buffers of old files that a model comput
 def import_model(folder: Path | str) -> tuple[nn.Module, Any]:
     """Read a folder that another tool, or :func:`export`, wrote.
 
-    Keys and values are left as they come, whatever a ``kv_cache_scheme`` says, except those of an export to QServe;
-    the model's ``lqedu_notes`` tell. So they do of anything else that is not as the file has it.
+    Keys and values are stored as the file says where that is E4M3 with constants of a block (``kv_cache_scheme`` of
+    compressed-tensors) or an export to QServe. Other schemes are left out, and they stay in floating point; the model's
+    ``lqedu_notes`` tell. So they do of anything else that is not as the file has it.
 
     Returns:
         ``(model, tokenizer)``. The linear layers keep the packed codes; other tensors have the dtype they are stored
@@ -52,6 +57,10 @@ def import_model(folder: Path | str) -> tuple[nn.Module, Any]:
     if config is None and not _has_scales(shards):
         raise UnsupportedModelError(f"{folder} says of no quantization; open it with lqedu.load_model")
     method = qserve.NAME if config is None else str(config.get("quant_method"))
+    if method == "lqedu":
+        raise CheckpointError(
+            f"{folder} was written by lqedu, and its {RECORD} is missing; fetch or save the model again"
+        )
     if method not in LAYOUTS:
         raise UnsupportedModelError(
             f"{folder} is already quantized ({method}), and lqedu reads {', '.join(LAYOUTS)}; "
@@ -145,7 +154,7 @@ def _install(
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     try:
         schemes = layout.schemes(config, shapes, set(shards))
-        notes = _keys_and_values(model, method, config, set(shards))
+        notes = _keys_and_values(model, method, config, shards)
     except (CheckpointError, GridError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if not schemes:
@@ -171,20 +180,42 @@ def _install(
     return notes
 
 
-def _keys_and_values(model: nn.Module, method: str, config: Mapping[str, Any], names: set[str]) -> tuple[str, ...]:
+def _keys_and_values(model: nn.Module, method: str, config: Mapping[str, Any], shards: Shards) -> tuple[str, ...]:
     """Store keys and values as a config says, where lqedu has the grid; returns what to note where not."""
     if method == qserve.NAME and (bits := config.get("kv_bits")) is not None:
-        from lqedu.runtime.attention import AttentionPath, set_attention_path
-
         if bits not in (4, 8):
             raise CheckpointError(f"'kv_bits' of its quantization config is {bits!r}; it is 4 or 8")
         set_attention_path(model, AttentionPath(key=KVInt(bits), value=KVInt(bits)))
-    if config.get("kv_cache_scheme") or any(name.rpartition(".")[2] in _OF_ATTENTION for name in names):
+    scheme, found = config.get("kv_cache_scheme"), {name for name in shards if name.endswith(_OF_ATTENTION)}
+    if method == compressed_tensors.NAME and compressed_tensors.is_known_cache(scheme):
+        prefix = describe(model).blocks
+        names = [
+            [f"{prefix}.{i}.self_attn.{name}" for name in compressed_tensors.KV_NAMES]
+            for i in range(len(block_list(model)))
+        ]
+        if missing := [name for pair in names for name in pair if name not in found]:
+            raise CheckpointError(
+                f"its kv_cache_scheme asks for constants of keys and values, and {missing[0]} is missing"
+            )
+        if not (found - {name for pair in names for name in pair}):
+            scales = [tuple(_constant(shards, name) for name in pair) for pair in names]
+            set_attention_path(model, compressed_tensors.KEYS_AND_VALUES, scales=scales)
+            return ()
+    if scheme or found:
         return (
-            "keys and values are left in floating point: the file has constant scales for them (kv_cache_scheme); "
+            "keys and values are left in floating point: of the schemes of compressed-tensors (kv_cache_scheme) only E4M3 "
+            "with a constant for all keys and one for all values of a block is read; "
             "lqedu.runtime.quantize_kv stores them in few bits with a scale a token",
         )
     return ()
+
+
+def _constant(shards: Shards, name: str) -> Tensor:
+    """A scale of keys or values, float32 ``[1]`` (CheckpointError for anything else)."""
+    scale = take_scale({name: shards.read(name)}, name)
+    if scale.numel() != 1 or not bool((scale > 0).all()):
+        raise CheckpointError(f"{name} is of shape {list(scale.shape)}, expected one number above 0")
+    return scale.reshape(1).to(torch.float32)
 
 
 def _load(folder: Path, model: nn.Module, shards: Shards, rest: set[str]) -> None:
@@ -199,7 +230,7 @@ def _load(folder: Path, model: nn.Module, shards: Shards, rest: set[str]) -> Non
     for name in sorted(set(parameters) & rest):
         if tuple(parameters[name].shape) != shards[name].shape:
             problems.append(f"{name} has shape {list(shards[name].shape)}, expected {list(parameters[name].shape)}")
-        elif not shards[name].dtype.is_floating_point:
+        elif shards[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
             problems.append(f"{name} has dtype {shards[name].dtype}")
     if problems:
         raise CheckpointError(

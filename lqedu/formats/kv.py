@@ -7,6 +7,9 @@ arrives and must not change afterwards: each token of each head has its own, and
 
 Scale and zero point are rounded to FP16 before the codes are computed, so that the codes fit what will be read. A cache of
 records is one tensor of bytes: it is cut, joined and reordered like any other. Derived in chapter ``15-kv-cache``.
+
+Serving engines also know a scale that is a constant of the layer, fitted before to a text. A record is then its codes alone,
+and what is larger than the text had is cut off: :class:`KVStaticFloat8`.
 """
 
 from abc import ABC, abstractmethod
@@ -87,6 +90,8 @@ class KVGrid(ABC):
                 f"got {records.dtype} of {records.shape[-1]}; use a cache that was made for this model"
             )
         width = self._code_bytes(head_dim)
+        if not self._numbers:
+            return Codes(self._unpack(records, head_dim))
         numbers = records[..., width:].clone(memory_format=torch.contiguous_format)  # a view would need an even offset
         numbers = numbers.view(torch.float16).to(torch.float32)
         return Codes(self._unpack(records[..., :width], head_dim), *numbers.split(1, -1))
@@ -181,11 +186,33 @@ class KVFloat8(KVGrid):
         return fp8.decode(packed)
 
 
+@dataclass(frozen=True)
+class KVStaticFloat8(KVFloat8):
+    """E4M3 codes of what was divided by a constant of its layer before: no scale, no zero point, ±448 at most.
+
+    The constants of a layer are kept with its attention, see :func:`lqedu.runtime.attention.set_attention_path`; files of
+    compressed-tensors call them ``k_scale`` and ``v_scale``.
+
+    >>> KVStaticFloat8().quantize(torch.tensor([[7.0, 1.1, -1000.0]]))
+    Codes(codes=tensor([[   7.0000,    1.1250, -448.0000]]), scale=None, zero=None)
+    """
+
+    kind: ClassVar[str] = "e4m3_static"
+    _numbers: ClassVar[int] = 0
+
+    def quantize(self, x: Tensor) -> Codes:
+        """The nearest values of E4M3; what is beyond them saturates."""
+        x = _vectors(x)
+        if not bool(torch.isfinite(x).all()):
+            raise GridError("the keys or values hold NaN or infinities; check the model and its text")
+        return Codes(fp8.decode(fp8.encode(x)))
+
+
 def kv_grid(spec: int | str | KVGrid) -> KVGrid | None:
     """A grid from a short word for it.
 
     Args:
-        spec: 2 to 8 (bits of integer codes), "fp8", 16 (no grid: the model's own floats), or a grid.
+        spec: 2 to 8 (bits of integer codes), "fp8", "fp8-static" (a constant of the layer), 16 (no grid: the model's own floats), or a grid.
 
     Raises:
         GridError: none of these.
@@ -195,11 +222,11 @@ def kv_grid(spec: int | str | KVGrid) -> KVGrid | None:
     """
     if isinstance(spec, KVGrid):
         return spec
-    if spec == "fp8":
-        return KVFloat8()
+    if isinstance(spec, str) and spec in (words := {"fp8": KVFloat8, "fp8-static": KVStaticFloat8}):
+        return words[spec]()
     if not isinstance(spec, bool) and spec in (*range(2, 9), 16):
         return None if spec == 16 else KVInt(spec)
-    raise GridError(f"keys and values take 2 to 8 bits, 'fp8' or 16, got {spec!r}")
+    raise GridError(f"keys and values take 2 to 8 bits, 'fp8', 'fp8-static' or 16, got {spec!r}")
 
 
 def kv_grid_from_dict(d: dict[str, Any]) -> KVGrid:
@@ -208,7 +235,7 @@ def kv_grid_from_dict(d: dict[str, Any]) -> KVGrid:
     Raises:
         GridError: an unknown kind, or unknown or missing fields.
     """
-    kinds = {cls.kind: cls for cls in (KVInt, KVFloat8)}
+    kinds = {cls.kind: cls for cls in (KVInt, KVFloat8, KVStaticFloat8)}
     cls = kinds.get(str(d.get("kind"))) if isinstance(d, dict) else None
     if cls is None or d.keys() != cls().to_dict().keys():
         raise GridError(f"a grid of keys and values is of a kind in {sorted(kinds)} with its fields, got {d!r}")

@@ -11,7 +11,7 @@ arrives, and hands over the bytes it keeps. The numbers are the same, the memory
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lqedu.errors import GridError, UsageError
-from lqedu.formats.kv import Codes, KVGrid, kv_grid_from_dict
+from lqedu.formats.kv import Codes, KVGrid, KVStaticFloat8, kv_grid_from_dict
 from lqedu.linalg.hadamard import fast_hadamard, hadamard_block
 from lqedu.models.anatomy import block_list, head_dim
 
 NAME = "lqedu"  # in config._attn_implementation
-MEAN = "lqedu_key_mean"  # a buffer of each block's attention
+MEAN = "lqedu_key_mean"  # a buffer of each block's attention, as the two below
+SCALES = ("lqedu_key_scale", "lqedu_value_scale")  # of keys and of values, see KVStaticFloat8
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class AttentionPath:
         for grid in (self.key, self.value):
             if not isinstance(grid, KVGrid | None):
                 raise GridError(f"keys and values need a scale for each token, as in lqedu.formats.kv, got {grid!r}")
+
+    @property
+    def static(self) -> tuple[bool, bool]:
+        """Whether keys, and whether values, are divided by a constant of their block before they are rounded."""
+        return isinstance(self.key, KVStaticFloat8), isinstance(self.value, KVStaticFloat8)
 
     def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What attention will read of keys and values ``[batch, kv_heads, tokens, head_dim]``."""
@@ -107,7 +113,12 @@ def check_heads(model: nn.Module, path: AttentionPath) -> None:
         )
 
 
-def set_attention_path(model: nn.Module, path: AttentionPath, means: Sequence[Tensor] | None = None) -> None:
+def set_attention_path(
+    model: nn.Module,
+    path: AttentionPath,
+    means: Sequence[Tensor] | None = None,
+    scales: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+) -> None:
     """Make every block of ``model`` attend through ``path``; changes the model (use a copy).
 
     Args:
@@ -115,6 +126,8 @@ def set_attention_path(model: nn.Module, path: AttentionPath, means: Sequence[Te
         path: how keys and values are stored.
         means: where ``path.centred``, what each block takes off its keys, ``[kv_heads, 1, head_dim]``; ``None`` is zeros
             of that shape, for a checkpoint to fill.
+        scales: where a grid of ``path`` is a :class:`KVStaticFloat8`, what each block divides its keys and its values by,
+            float32 ``[1]`` each; ``None`` is ones, for a checkpoint to fill.
 
     Raises:
         UsageError: as :func:`check_heads`.
@@ -125,11 +138,61 @@ def set_attention_path(model: nn.Module, path: AttentionPath, means: Sequence[Te
     for index, block in enumerate(block_list(model)):
         attention = block.self_attn
         attention.lqedu_attention = path
-        attention._buffers.pop(MEAN, None)
+        for name in (MEAN, *SCALES):
+            attention._buffers.pop(name, None)
         if path.centred:
             width, size = attention.k_proj.out_features, head_dim(model)
             mean = torch.zeros(width // size, 1, size) if means is None else means[index]
             attention.register_buffer(MEAN, mean)
+        for part, (name, static) in enumerate(zip(SCALES, path.static, strict=True)):
+            if static:
+                attention.register_buffer(name, torch.ones(1) if scales is None else scales[index][part])
+
+
+class Constants(NamedTuple):
+    """What a block does to keys and values before they are stored, beside the transform of its path.
+
+    Attributes:
+        mean: taken off each key, ``[kv_heads, 1, head_dim]``. Never added again: softmax cannot see it.
+        key_scale, value_scale: what keys and values are divided by, ``[1]``. Who reads them multiplies again.
+    """
+
+    mean: Tensor | None = None
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    def apply(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, kv_heads, tokens, head_dim]`` as they are stored; divided in float32 or higher."""
+        return _divided(centred(key, self.mean), self.key_scale), _divided(value, self.value_scale)
+
+    def undo(self, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Stored keys and values times the scales, in ``dtype``."""
+        scales = (self.key_scale, self.value_scale)
+        return tuple((x if s is None else x * s).to(dtype) for x, s in zip((key, value), scales, strict=True))
+
+    def scaled(self, key: Codes, value: Codes) -> tuple[Codes, Codes]:
+        """Codes with the scales that stand for these tokens; the grids that need them have none of their own."""
+        scales = (self.key_scale, self.value_scale)
+        return tuple(
+            c if s is None else c._replace(scale=s.float().expand(*c.codes.shape[:-1], 1))
+            for c, s in zip((key, value), scales, strict=True)
+        )
+
+    def same(self, other: "Constants") -> bool:
+        """Whether both store the same numbers."""
+        return all(
+            mine is yours or (mine is not None and yours is not None and torch.equal(mine, yours))
+            for mine, yours in zip(self, other, strict=True)
+        )
+
+
+def constants_of(attention: nn.Module) -> Constants:
+    """The constants of a block, from the buffers of its attention."""
+    return Constants(*(attention._buffers.get(name) for name in (MEAN, *SCALES)))
+
+
+def _divided(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x.to(torch.promote_types(x.dtype, torch.float32)) / scale
 
 
 def centred(key: Tensor, mean: Tensor | None) -> Tensor:
@@ -141,13 +204,13 @@ def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls under the name "lqedu"."""
-    path: AttentionPath = module.lqedu_attention
+    path, constants = module.lqedu_attention, constants_of(module)
     query = path.query(query)
     if key.dtype != torch.uint8:  # floats, from no cache of ours
-        key, value = path.store(centred(key, module._buffers.get(MEAN)), value)
+        key, value = constants.undo(*path.store(*constants.apply(key, value)), dtype=query.dtype)
     else:
-        _check_maker(key, path, module._buffers.get(MEAN))
-        codes = path.unpack(key, value, query)
+        _check_maker(key, path, constants)
+        codes = constants.scaled(*path.unpack(key, value, query))
         rounded = path.key is not None or path.value is not None
         if rounded and 3 * (query.shape[1] // key.shape[1] * query.shape[2]) < 2 * query.shape[3]:  # see attend_codes
             output = attend_codes(query, *codes, attention_mask, scaling=kwargs.get("scaling"))
@@ -211,11 +274,10 @@ def attend_codes(
     return output.reshape(query.shape).to(query.dtype)
 
 
-def _check_maker(key: Tensor, path: AttentionPath, mean: Tensor | None) -> None:
-    """Refuse (GridError) records that another path, or one with other means, has packed."""
-    made, its_mean = getattr(key, "lqedu_stored_by", (None, None))
-    same = mean is its_mean or (mean is not None and its_mean is not None and torch.equal(mean, its_mean))
-    if made != path or not same:
+def _check_maker(key: Tensor, path: AttentionPath, constants: Constants) -> None:
+    """Refuse (GridError) records that another path, or one with other constants, has packed."""
+    made, its_constants = getattr(key, "lqedu_stored_by", (None, Constants()))
+    if made != path or not constants.same(its_constants):
         raise GridError(
             "these keys and values were packed for a model that stores them otherwise; "
             "use a cache that was made for this model: PackedCache(model)"

@@ -54,6 +54,8 @@ def generate(
     check_number("temperature", temperature, least=0)
     check_number("top_p", top_p, above=0, most=1)
     check_count("seed", seed, most=2**63 - 1)
+    if not isinstance(model, nn.Module | Decoder):
+        raise UsageError(f"pass a model, as lqedu.load_model returns it, got {model!r}")
     stops = _stops(model, eos)
     if _is_text(prompts):
         tokenizer = tokenizer or getattr(model, "lqedu_tokenizer", None)

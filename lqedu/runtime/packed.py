@@ -107,6 +107,8 @@ def to_kernels(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Modul
     """
     if dtype not in DTYPES:
         raise UsageError(f"kernels compute in float16 or bfloat16, their references in float32 too, got {dtype!r}")
+    if hasattr(model, "lqedu_kernels"):
+        raise UsageError("the model runs on kernels already; call to_kernels with the one that it was made from")
     if not isinstance(model, nn.Module) or not (layers := quantized_linears(model)):
         raise UsageError(
             "the model has no quantized linear layers; quantize it first, or load one that is: lqedu.load_model"

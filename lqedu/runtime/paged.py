@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lqedu.errors import GridError
-from lqedu.formats.kv import KVFloat8, KVGrid, KVInt
+from lqedu.formats.kv import KVFloat8, KVGrid, KVInt, KVStaticFloat8
 from lqedu.runtime.attention import AttentionPath
 from lqedu.runtime.backend import kernel_function, kernels
 
@@ -131,6 +131,11 @@ def kind_of(grid: KVGrid | None) -> str:
     >>> kind_of(KVInt(4)), kind_of(KVFloat8())
     ('kv4', 'fp8')
     """
+    if isinstance(grid, KVStaticFloat8):
+        raise GridError(
+            "pages hold keys and values with a scale a token, and these have constants of their block; use generate of "
+            "transformers with a PackedCache, or store them as they come: lqedu.runtime.quantize_kv(model, 16)"
+        )
     if isinstance(grid, KVFloat8):
         return "fp8"
     if isinstance(grid, KVInt) and grid.bits in (4, 8):

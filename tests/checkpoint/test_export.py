@@ -184,10 +184,28 @@ def test_a_refusal_names_layer_reason_and_remedy(tmp_path: Path) -> None:
     message = r"model\.layers\.0\.self_attn\.q_proj: it has 3 bits, and awq has 4; use compressed-tensors or gptq$"
     with pytest.raises(ExportError, match=message):
         export(quantized, tmp_path / "out", "awq", TOKENIZER)
-    with pytest.raises(ExportError, match="scale for each token of each head, which gptq cannot say"):
+    with pytest.raises(
+        ExportError, match="stored on a grid, and gptq says nothing of them; leave them as they come: kv_bits=None"
+    ):
         export(quantize_kv(quantized, 4), tmp_path / "out", "gptq", TOKENIZER)
     with pytest.raises(ExportError, match="4 or 8 bits with float zero points"):
         export(quantize_kv(quantized, 4, hadamard=True), tmp_path / "out", "qserve", TOKENIZER)
+    with pytest.raises(ExportError, match=r"each token of each head has a scale.*quantize_kv\(model, 'fp8-static'"):
+        export(quantize_kv(quantized, "fp8"), tmp_path / "out", "compressed-tensors", TOKENIZER)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_keys_and_values_with_constants_go_to_compressed_tensors(architecture, tmp_path: Path) -> None:
+    quantized = quantize(tiny_model(architecture), FP8())
+    quantized = quantize_kv(quantized, "fp8-static", calibration=tiny_windows(3, 11))
+    folder = export(quantized, tmp_path / "out", "compressed-tensors", TOKENIZER)
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert (said["num_bits"], said["type"], said["strategy"], said["dynamic"]) == (8, "float", "tensor", False)
+    back, _ = import_model(folder)
+    assert_same_model(back, quantized)
+    with pytest.raises(ExportError, match=r"gptq says nothing of them.*use compressed-tensors$"):
+        export(quantize_kv(quantize(tiny_model(), RTN(group_size=32)), "fp8-static", calibration=tiny_windows(3, 11)),
+               tmp_path / "no", "gptq", TOKENIZER)  # fmt: skip
 
 
 def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:

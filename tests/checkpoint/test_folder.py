@@ -51,6 +51,19 @@ def test_round_trip_is_exact(architecture: str, tied: bool, tmp_path: Path, toke
         assert back.get_output_embeddings().weight is back.get_input_embeddings().weight
 
 
+def test_constants_of_keys_and_values_are_kept(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    windows = tiny_windows()
+    quantized = quantize_kv(quantize(tiny_model(), RTN(group_size=32)), "fp8-static", calibration=windows)
+    folder = save(quantized, tmp_path / "out", tokenizer)
+    with torch.no_grad():
+        assert torch.equal(load(folder)[0](windows).logits, quantized(windows).logits)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.lqedu_value_scale"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lqedu_value_scale is \[nan\], no finite scale above 0"):
+        load(folder)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_a_quantized_cache_is_kept_with_the_mean_keys(
     architecture: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from lqedu.checkpoint import export, import_model
 from lqedu.errors import CheckpointError, LqeduError, UnsupportedModelError, UsageError
+from lqedu.formats.kv import KVStaticFloat8
 from lqedu.methods import FP8, RTN
 from lqedu.methods.pipeline import quantize
 from lqedu.runtime import quantized_linears
+from lqedu.runtime.attention import AttentionPath
 from lqedu.runtime.permuted import PermutedLinear
 from tests.checkpoint.words import tiny_tokenizer
 from tests.models_tiny import tiny_model, tiny_windows
@@ -145,17 +148,59 @@ def test_a_quantized_head(gptq: Path) -> None:
     assert torch.equal(quantized_linears(model)["lm_head"].quantized.dequantize(), torch.cat([w, w[:32]]))
 
 
-def test_a_static_kv_cache_scheme_is_left_out_and_said_so(tmp_path: Path) -> None:
-    folder = export(quantize(tiny_model(), FP8()), tmp_path / "fp8", "compressed-tensors", tiny_tokenizer())
-    want = logits(folder)
-    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
-    edit_config(folder, lambda config: config["quantization_config"].update(kv_cache_scheme=scheme))
-    scales = {f"model.layers.{i}.self_attn.{name}_scale": torch.ones(1) for i in range(2) for name in "kv"}
+FP8_KV = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+
+def with_cache_scheme(folder: Path, **fields) -> Path:
+    """An FP8 model whose keys and values have constants, as other tools write them."""
+    export(quantize(tiny_model(), FP8()), folder, "compressed-tensors", tiny_tokenizer())
+    say(kv_cache_scheme=FP8_KV | fields)(folder)
+    scales = {f"model.layers.{i}.self_attn.{name}_scale": torch.tensor(0.25 + i) for i in range(2) for name in "kv"}
     edit_tensors(folder, lambda tensors: tensors.update(scales))
-    model, _ = import_model(folder)
-    assert "kv_cache_scheme" in model.lqedu_notes[0] and "quantize_kv" in model.lqedu_notes[0]
+    return folder
+
+
+def test_a_cache_scheme_with_constants_is_read(tmp_path: Path) -> None:
+    """Independent of the attention path: transformers' own attention, its keys and values rounded by torch's cast."""
+    model, _ = import_model(with_cache_scheme(tmp_path / "fp8"))
+    assert model.lqedu_notes == () and model.lqedu_attention == AttentionPath(
+        key=KVStaticFloat8(), value=KVStaticFloat8()
+    )
+    plain = import_model(
+        export(quantize(tiny_model(), FP8()), tmp_path / "kv16", "compressed-tensors", tiny_tokenizer())
+    )[0]
+    cache, windows = RoundedCache(), tiny_windows()
     with torch.no_grad():
-        assert torch.equal(model(tiny_windows()).logits, want)
+        assert torch.allclose(model(windows).logits, plain(windows, past_key_values=cache).logits, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(model(windows).logits, plain(windows).logits)
+
+
+class RoundedCache(DynamicCache):
+    def update(self, key, value, index, *args, **kwargs):
+        scale = 0.25 + index
+        rounded = ((x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale for x in (key, value))
+        return super().update(*rounded, index, *args, **kwargs)
+
+
+def test_other_cache_schemes_are_left_out_and_said_so(tmp_path: Path) -> None:
+    for i, fields in enumerate(({"type": "int"}, {"strategy": "attn_head"}, {"dynamic": True}, {"symmetric": False})):
+        model, _ = import_model(with_cache_scheme(tmp_path / str(i), **fields))
+        assert "kv_cache_scheme" in model.lqedu_notes[0] and "quantize_kv" in model.lqedu_notes[0]
+        assert not hasattr(model, "lqedu_attention")
+
+
+def test_a_cache_scheme_needs_its_constants(tmp_path: Path) -> None:
+    folder = with_cache_scheme(tmp_path / "fp8")
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.k_scale": torch.zeros(1)}))
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.self_attn\.k_scale is of shape \[1\], expected one number above 0"
+    ):
+        import_model(folder)
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_scale"))
+    with pytest.raises(
+        CheckpointError, match=r"asks for constants of keys and values, and model\.layers\.1\..*k_scale is missing"
+    ):
+        import_model(folder)
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------------------
@@ -235,7 +280,11 @@ QWEIGHT = UP + ".qweight"
         (lambda f: edit_config(f, lambda c: c.update(quantization_config=[])), r"quantization_config of .* is \[\]"),
         (lambda f: edit_config(f, lambda c: c.pop("quantization_config")), "says of no quantization"),
         (say(quant_method="bitsandbytes"), r"already quantized \(bitsandbytes\), and lqedu reads compressed-tensors, gptq"),
+        (say(quant_method="lqedu"), r"was written by lqedu, and its lqedu\.json is missing"),
         (say(quant_method="awq"), "up_proj|q_proj.*does not: g_idx"),
+        (say(dynamic={"-:.*down.*": {}}), r"a grid of its own for some layers \('dynamic'\)"),
+        (say(rotation="hadamard"), r"a Hadamard transform that runs with every token \('rotation'\)"),
+        (say(adapter={"name": "lora"}), r"low-rank terms beside the weights \('adapter'\)"),
         (say(bits=None), "'bits' of its quantization config is None"),
         (say(bits=8), r"\[64, 64\]: qweight has shape \[8, 64\], expected \[16, 64\]"),
         (say(group_size=48), "groups of 48 do not divide its 64 inputs"),
@@ -252,6 +301,7 @@ QWEIGHT = UP + ".qweight"
         (put(**{QWEIGHT.replace(".", "__"): torch.zeros(8, 95, dtype=torch.int32)}), r"qweight has shape \[8, 95\], expected \[8, 96\]"),
         (put(extra=torch.ones(1)), "unexpected extra"),
         (put(lm_head__weight=torch.zeros(128, 64, dtype=torch.int8)), r"lm_head\.weight has dtype torch\.int8"),
+        (put(lm_head__weight=torch.zeros(128, 64, dtype=torch.float8_e4m3fn)), r"lm_head\.weight has dtype torch\.float8_e4m3fn"),
     ],
 )  # fmt: skip
 def test_damage_is_refused_in_one_sentence(gptq: Path, damage, match: str) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from lqedu.errors import GridError
 from lqedu.formats.activation import ActivationGrid
-from lqedu.formats.kv import Codes, KVFloat8, KVInt, kv_grid, kv_grid_from_dict
+from lqedu.formats.kv import Codes, KVFloat8, KVInt, KVStaticFloat8, kv_grid, kv_grid_from_dict
 from lqedu.formats.packing import packed_width
 from lqedu.formats.smallfloat import E4M3
 from tests.problems import seeded
@@ -159,7 +159,8 @@ def test_words_and_data():
     for bad in (1, 9, 32, True, 4.5, "int4", None):
         with pytest.raises(GridError, match="keys and values take"):
             kv_grid(bad)
-    for grid in (KVInt(4, 0.95, "integer"), KVFloat8()):
+    assert kv_grid("fp8-static") == KVStaticFloat8() != KVFloat8()
+    for grid in (KVInt(4, 0.95, "integer"), KVFloat8(), KVStaticFloat8()):
         assert kv_grid_from_dict(grid.to_dict()) == grid
     for bad in ({}, {"kind": "integer"}, {"kind": "e4m3", "bits": 8}, {"kind": "e5m2"}, None, 4):
         with pytest.raises(GridError, match="of a kind in"):
@@ -178,3 +179,14 @@ def test_words_and_data():
 
 def test_codes_without_scale_are_values():
     assert torch.equal(Codes(torch.ones(2)).values(), torch.ones(2))
+
+
+def test_a_record_without_a_scale_is_its_codes():
+    x = torch.tensor([[3.3, -1000.0, 1e-9, 448.0]])
+    record = KVStaticFloat8().encode(x)
+    assert record.shape == (1, 4) and KVStaticFloat8().record_bytes(4) == 4
+    assert torch.equal(record, x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+    assert KVStaticFloat8().decode(record, 4).scale is None
+    assert KVStaticFloat8().round_trip(x).tolist() == [[3.25, -448.0, 0.0, 448.0]]
+    with pytest.raises(GridError, match="NaN or infinities"):
+        KVStaticFloat8().encode(torch.tensor([[1.0, torch.nan]]))

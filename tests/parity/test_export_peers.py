@@ -212,6 +212,19 @@ def test_a_peer_computes_what_we_do(format, method, options, tmp_path, monkeypat
     compare(export(quantized, tmp_path / "out", format, tiny_tokenizer()), format, tiny_windows(2, 16, seed=1))
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("options", [{"activation": "none"}, {"granularity": "tensor", "activation": "static"}])
+def test_a_peer_rounds_keys_and_values_as_we_do(options, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="needs the environment of tests/parity/requirements.txt")
+    quantized = lqedu.quantize(tiny_model(), available()["fp8"](**options), tiny_windows(8, 16))
+    stored = lqedu.runtime.quantize_kv(quantized, "fp8-static", calibration=tiny_windows(8, 16))
+    window = tiny_windows(2, 16, seed=1)
+    peer = theirs(export(stored, tmp_path / "out", "compressed-tensors", tiny_tokenizer()), "compressed-tensors")
+    logits(peer, window)  # the first pass decompresses
+    assert float((logits(stored, window) - logits(peer, window)).abs().max()) <= tolerances.PEER_LOGITS
+    assert float((logits(quantized, window) - logits(peer, window)).abs().max()) > 10 * tolerances.PEER_LOGITS
+
+
 @pytest.mark.model
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from lqedu.errors import CalibrationError, GridError, UnsupportedModelError, Usa
 from lqedu.evaluation.roofline import ModelShape, kv_bytes_per_token
 from lqedu.formats.kv import Codes, KVFloat8, KVInt
 from lqedu.methods import RTN, QuaRot, SpinQuant
+from lqedu.models.anatomy import block_list
 from lqedu.runtime import PackedCache, quantize_kv
 from lqedu.runtime import attention as module
 from lqedu.runtime.attention import AttentionPath, attend_codes
@@ -31,7 +32,11 @@ CASES = {
     "K3V16": {"key": 3, "value": 16},
     "K16V4": {"key": 16, "value": 4, "hadamard": True},
     "KV4, centred, Hadamard": {"key": 4, "hadamard": True, "centre": tiny_windows(3, 11)},
-}
+    "FP8, static": {"key": "fp8-static", "calibration": tiny_windows(3, 11)},
+    "K FP8 static, centred, V4": {
+        "key": "fp8-static", "value": 4, "hadamard": True, "centre": tiny_windows(3, 11), "calibration": tiny_windows(3, 11),
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -445,3 +450,32 @@ def test_heads_without_a_hadamard_matrix_are_refused_at_once():
     with pytest.raises(UsageError, match="order 6 is known"):
         quantize_kv(model, 4, hadamard=True)
     assert quantize_kv(model, 4)(tiny.tiny_windows()).logits.isfinite().all()
+
+
+# --- constants of a block -----------------------------------------------------------------------------------------------
+
+
+def test_constants_take_the_largest_of_a_text_to_448():
+    """Against the keys and values of a plain cache; and rounding to FP16 never cuts the largest off."""
+    model, windows = tiny_model(), tiny_windows(3, 11)
+    stored = quantize_kv(model, "fp8-static", calibration=windows)
+    cache = DynamicCache()
+    model(windows, past_key_values=cache, use_cache=True)
+    for block, layer in zip(block_list(stored), cache.layers, strict=True):
+        constants = module.constants_of(block.self_attn)
+        for scale, seen in ((constants.key_scale, layer.keys), (constants.value_scale, layer.values)):
+            want = float(seen.abs().max()) / 448
+            assert want <= float(scale) <= want * (1 + 2**-10) and torch.equal(scale, scale.half().float())
+
+
+def test_constants_need_a_text_and_an_engine_refuses_them():
+    model = tiny_model()
+    with pytest.raises(CalibrationError, match="fitted to a text; pass calibration=windows"):
+        quantize_kv(model, "fp8-static")
+    with pytest.raises(GridError, match=r"constants of their block; use generate of transformers with a PackedCache"):
+        lqedu.generate(quantize_kv(model, "fp8-static", calibration=tiny_windows()), torch.tensor([1, 2]))
+    one, other = (quantize_kv(model, "fp8-static", calibration=tiny_windows(3, 11, seed=s)) for s in (0, 1))
+    cache = PackedCache(one)
+    one(tiny_windows(1, 5), past_key_values=cache)
+    with pytest.raises(GridError, match="packed for a model that stores them otherwise"):
+        other(tiny_windows(1, 1), past_key_values=cache)

@@ -139,6 +139,8 @@ def test_refusals() -> None:
         to_kernels(model)
     with pytest.raises(UsageError, match="no quantized linear layers"):
         to_kernels("smollm2")
+    with pytest.raises(UsageError, match="runs on kernels already"):
+        to_kernels(to_kernels(lqedu.quantize(tiny_model("llama", **SIZES), RTN(group_size=None))))
     with pytest.raises(UsageError, match="float16 or bfloat16"):
         to_kernels(lqedu.quantize(model, RTN(group_size=32)), torch.float64)
 

@@ -45,8 +45,13 @@ QualityOpt = Annotated[
     str | None, typer.Option(help="Corpus to measure perplexity on, dense and quantized, for the model card.")
 ]
 TasksOpt = Annotated[
-    str | None, typer.Option(help="Tasks of lm-eval (pip install lm-eval), separated by commas, instead of perplexity.")
+    str | None,
+    typer.Option(
+        help="Accuracy instead of perplexity: piqa, arc_easy, arc_challenge, hellaswag, winogrande, lambada, boolq, openbookqa "
+        "(from the Hub, or files such as data/piqa.jsonl), or tasks of lm-eval (pip install lm-eval), separated by commas."
+    ),
 ]
+ItemsOpt = Annotated[int | None, typer.Option(help="Items of each task; by default all.", min=1)]
 DtypeOpt = Annotated[str, typer.Option(help="Of the weights in memory: float32, bfloat16 or float16.")]
 
 
@@ -116,15 +121,18 @@ def evaluate(
     length: LengthOpt = 512,
     tokens: TokensOpt = 4096,
     tasks: TasksOpt = None,
+    items: ItemsOpt = None,
     json_: JsonOpt = False,
 ) -> None:
-    """Perplexity of a model on a text (evaluation split), with its standard error; or tasks of lm-eval."""
+    """Perplexity of a model on a text (evaluation split), with its standard error; or its accuracy on tasks."""
     from lqedu.evaluation import perplexity
     from lqedu.models import load_model
 
     if tasks is not None:
-        _evaluate_tasks(model, [task.strip() for task in tasks.split(",") if task.strip()], json_)
+        _evaluate_tasks(model, [task.strip() for task in tasks.split(",") if task.strip()], items, json_)
         return
+    if items is not None:
+        raise UsageError("--items says how many items of --tasks; name tasks, or leave it out")
     network, tokenizer = load_model(model)
     windows = _evaluation_windows(tokenizer, corpus, length, tokens)
     result = perplexity(network, windows, progress=True)
@@ -425,17 +433,45 @@ def _quantize(
         shutil.rmtree(unfinished)
 
 
-def _evaluate_tasks(model: str, tasks: list[str], json_: bool) -> None:
-    from lqedu.integrations.lm_eval import evaluate as run
+def _evaluate_tasks(model: str, tasks: list[str], items: int | None, json_: bool) -> None:
+    """Names that lqedu scores itself, and files, need no lm-eval; any other name is a task of lm-eval's."""
+    from lqedu.evaluation import load_task, score
+    from lqedu.evaluation.tasks import TASKS
+    from lqedu.integrations import lm_eval
 
     if not tasks:
-        raise UsageError("--tasks names no task of lm-eval, for example piqa,hellaswag")
-    scores = run(model, tasks)
+        raise UsageError("--tasks names no task, for example piqa,hellaswag")
+    theirs = [task for task in tasks if task not in TASKS and not task.endswith(".jsonl")]
+    if theirs:
+        lm_eval.register()  # refuses now, rather than after the others were scored
+    questions = {Path(task).stem: load_task(task, limit=items) for task in tasks if task not in theirs}
+    scores: dict[str, dict[str, Any]] = {}
+    if questions:
+        network, tokenizer = lm_eval.load(model)
+        scores = {task: _accuracy(task, score(network, tokenizer, q, progress=True)) for task, q in questions.items()}
+    if theirs:
+        scores |= lm_eval.evaluate(model, theirs, **({} if items is None else {"limit": items}))
     if json_:
         print(json.dumps({"model": model, "tasks": scores}))
         return
-    rows = [[task, name, f"{value:.4f}"] for task, found in scores.items() for name, value in found.items()]
+    rows = [
+        [task, name, f"{value:.4f}" if isinstance(value, float) else str(value)]
+        for task, found in scores.items()
+        for name, value in found.items()
+        if value is not None and not name.endswith("sha256")
+    ]
     _print_table(model, ["task", "metric", "value"], rows)
+
+
+def _accuracy(task: str, found: Any) -> dict[str, float | int | str | None]:
+    """The numbers of a score; ``acc_norm`` where the harness has it too."""
+    from lqedu.evaluation.tasks import TASKS
+
+    numbers: dict[str, Any] = {"acc": found.acc, "acc_stderr": _finite(found.acc_stderr)}
+    if TASKS[task].normalized:
+        numbers |= {"acc_norm": found.acc_norm, "acc_norm_stderr": _finite(found.acc_norm_stderr)}
+    rest = {"gold_nll": found.gold_nll, "items": found.count, "truncated": found.truncated}
+    return numbers | rest | {"items_sha256": found.items_sha256}
 
 
 def _measured(corpus: str, windows: Any, dense: Any, quantized: Any) -> Any:

@@ -139,6 +139,45 @@ def test_compare_and_methods(tiny_folder: Path, text_file: Path, capsys: pytest.
     assert json.loads(stdout)["torch"] == torch.__version__
 
 
+def test_compare_scores_tasks_paired_by_item(tiny_folder, text_file, tmp_path, capsys):
+    rows = [
+        {"goal": f"w{i} w{i + 1}", "sol1": f"w{3 * i + 1} w{i + 2}", "sol2": f"w{2 * i + 5}", "label": i % 2}
+        for i in range(1, 13)
+    ]
+    task = tmp_path / "piqa.jsonl"
+    task.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--calibration", text_file, "--corpus", text_file, "--windows", 4, "--length", 32, "--tokens", 64]
+    options += ["--methods", "rtn,fp8,hqq", "--bits", 2, "--group-size", 32, "--tasks", task, "--items", 10]
+    status, stdout, stderr = run("compare", tiny_folder, *options, "--json", capsys=capsys)
+    assert status == 0, stderr
+    assert "note: --bits says nothing to fp8, which has no choice of bits" in stderr
+    found = json.loads(stdout)
+    assert found["items"] == {"piqa": 10}
+    model, tokenizer = lqedu.load_model(tiny_folder)
+    items = lqedu.evaluation.load_task(task, limit=10)
+    rtn = lqedu.quantize(model, lqedu.methods.RTN(bits=2, group_size=32))
+    dense, rounded = (lqedu.evaluation.score(m, tokenizer, items) for m in (model, rtn))
+    moved = lqedu.evaluation.paired_scores(rounded, dense)
+    first, second = (row["tasks"]["piqa"] for row in found["rows"][:2])
+    assert (first["acc"], first["delta_acc"], first["delta_acc_norm_stderr"]) == (dense.acc, 0.0, 0.0)
+    assert (second["acc_norm"], second["acc_norm_stderr"]) == (rounded.acc_norm, rounded.acc_norm_stderr)
+    assert (second["delta_acc"], second["delta_acc_stderr"]) == (moved.delta_acc, moved.acc_stderr)
+    assert (second["delta_acc_norm"], second["delta_acc_norm_stderr"]) == (moved.delta_acc_norm, moved.acc_norm_stderr)
+
+    status, stdout, stderr = run("compare", tiny_folder, *options, capsys=capsys)
+    assert status == 0, stderr
+    page = " ".join(stdout.split())
+    assert "piqa" in page and f"{100 * first['acc_norm']:.1f} ± {100 * first['acc_norm_stderr']:.1f}" in stdout
+    assert f"{100 * second['acc_norm']:.1f}" in stdout and f"({100 * second['delta_acc_norm']:+.1f}" in stdout
+    for more, message in (
+        (["--tasks", "nothing"], "no task 'nothing'; there are piqa"),
+        (["--tasks", ","], "--tasks names no task"),
+        (["--items", "3"], "--items says how many items of --tasks"),
+    ):
+        status, stdout, stderr = run("compare", tiny_folder, *options[:10], *more, capsys=capsys)
+        assert status == 2 and message in stderr and stdout == ""
+
+
 def test_without_bits_a_method_has_its_own(tiny_folder, text_file, tmp_path, capsys):
     for method, bits in (("quip", 2), ("rtn", 4), ("smoothquant", 8)):
         out = str(tmp_path / method)

@@ -6,7 +6,14 @@ A model answers with the continuation it finds most likely after the context. Wi
     acc_norm  argmax_i ll_i / length_i = gold,      length in characters, without the space before the continuation
 
 as in lm-evaluation-harness 0.4 (Gao et al., 2024), ``process_results`` of ``lm_eval/api/task.py``; context and continuation
-are encoded as in ``_encode_pair`` of ``lm_eval/api/model.py``.
+are encoded as in ``_encode_pair`` of ``lm_eval/api/model.py``. No examples come before a question, and no chat template around
+it.
+
+Model cards measure otherwise. That of SmolLM2-135M-Instruct (HellaSwag, ARC, PIQA) comes from lighteval, zero-shot (tasks and
+commands: huggingface/smollm, ``text/evaluation``). Its ``acc_norm_nospace`` is ``acc_norm`` here, for PIQA and for the average of
+ARC's two parts as well, and the prompts of ARC and PIQA are the same. HellaSwag's context keeps a space at its end, so that two
+stand before an ending; instruction-tuned models are run with their chat template; and weights are the original bfloat16 ones,
+not the 4-bit blocks of the embedded file.
 """
 
 import hashlib

@@ -2,9 +2,10 @@
 
     python -m lqedu.integrations.lm_eval --model lqedu --model_args pretrained=FOLDER --tasks piqa,hellaswag
 
-takes every argument of the command ``lm_eval``, which has no way to find a model class that it does not bring along. So does
-``lqedu eval FOLDER --tasks piqa,hellaswag``. From Python there is :func:`evaluate`, and after ``register()`` lm-eval's own functions
-know the name.
+takes every argument of the command ``lm_eval``, which has no way to find a model class that it does not bring along.
+``lqedu eval FOLDER --tasks mmlu`` runs lm-eval on every task that ``lqedu.evaluation.load_task`` does not know: those it scores
+itself, without lm-eval and to the same numbers. From Python there is :func:`evaluate`, and after ``register()`` lm-eval's own
+functions know the name.
 
 lm-eval (EleutherAI, pip install lm-eval) is imported when one of the two is called, not before. How it cuts, batches and
 scores texts is its own class ``HFLM``; here the model gets loaded.

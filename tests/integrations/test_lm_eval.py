@@ -14,6 +14,7 @@ import lqedu.integrations.lm_eval as integration
 from lqedu import cli
 from lqedu.checkpoint import save
 from lqedu.errors import LqeduError, MissingDependencyError, UsageError
+from lqedu.evaluation import load_task, score
 from lqedu.methods import RTN
 from lqedu.methods.pipeline import quantize
 from lqedu.models import load_model
@@ -172,19 +173,79 @@ def test_scores_are_the_numbers_of_each_task(monkeypatch) -> None:
         integration.evaluate("folder", ["piqa", "pica"])
 
 
-@pytest.mark.parametrize(("tasks", "status"), [("piqa, boolq", 0), (" , ", 2)])
-def test_the_command_eval_prints_them(tasks: str, status: int, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(integration, "evaluate", lambda model, tasks: {task: {"acc,none": 0.25} for task in tasks})
-    monkeypatch.setattr(sys, "argv", ["lqedu", "eval", "folder", "--tasks", tasks, "--json"])
+def eval_command(monkeypatch, capsys, *options: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["lqedu", "eval", *options])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
-    said = capsys.readouterr()
-    assert exit_.value.code == status
-    if status:
-        assert "names no task" in said.err and not said.out
-    else:
-        scores = {"piqa": {"acc,none": 0.25}, "boolq": {"acc,none": 0.25}}
-        assert json.loads(said.out) == {"model": "folder", "tasks": scores}
+    return exit_.value.code or 0, *capsys.readouterr()
+
+
+def test_the_command_eval_prints_tasks_of_lm_eval(monkeypatch, capsys) -> None:
+    asked = []
+
+    def evaluate(model: str, tasks: list[str], **options: int) -> dict:
+        asked.append(options)
+        return {task: {"acc,none": 0.25} for task in tasks}
+
+    monkeypatch.setattr(integration, "register", lambda: None)
+    monkeypatch.setattr(integration, "evaluate", evaluate)
+    status, out, _ = eval_command(monkeypatch, capsys, "folder", "--tasks", "sciq, mmlu", "--json")
+    assert status == 0
+    assert json.loads(out) == {"model": "folder", "tasks": {"sciq": {"acc,none": 0.25}, "mmlu": {"acc,none": 0.25}}}
+    status, out, _ = eval_command(monkeypatch, capsys, "folder", "--tasks", "sciq", "--items", "3")
+    assert status == 0 and "0.2500" in out and asked == [{}, {"limit": 3}]
+
+
+def piqa(path: Path, count: int) -> str:
+    """A file of the task; its words are those of the fixture's tokenizer."""
+    rows = [{"goal": f"w{i} w2", "sol1": f"w{2 * i}", "sol2": f"w{2 * i + 1} w3", "label": i % 2} for i in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_the_command_eval_scores_its_own_tasks_without_lm_eval(
+    saved: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    file = piqa(tmp_path / "piqa.jsonl", 7)
+    model, tokenizer = load_model(saved)
+    expected = score(model, tokenizer, load_task(file, limit=5))
+    status, out, _ = eval_command(monkeypatch, capsys, str(saved), "--tasks", file, "--items", "5", "--json")
+    found = json.loads(out)["tasks"]["piqa"]
+    assert status == 0 and found["items"] == 5 and found["items_sha256"] == expected.items_sha256
+    assert found["acc"] == expected.acc and found["acc_norm_stderr"] == expected.acc_norm_stderr
+    assert found["gold_nll"] == pytest.approx(expected.gold_nll, rel=1e-3) and found["truncated"] == 0
+    status, out, _ = eval_command(monkeypatch, capsys, str(saved), "--tasks", file)
+    assert status == 0 and "gold_nll" in out and "acc_norm" in out and "sha256" not in out
+
+
+def test_the_command_eval_mixes_both(saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    lambada = tmp_path / "lambada.jsonl"
+    lambada.write_text(json.dumps({"text": "w1 w2 w3"}))
+    monkeypatch.setattr(integration, "register", lambda: None)
+    monkeypatch.setattr(integration, "evaluate", lambda model, tasks: {task: {"acc,none": 0.25} for task in tasks})
+    status, out, _ = eval_command(monkeypatch, capsys, str(saved), "--tasks", f"sciq,{lambada}", "--json")
+    scores = json.loads(out)["tasks"]
+    assert status == 0 and list(scores) == ["lambada", "sciq"]
+    assert "acc_norm" not in scores["lambada"] and scores["lambada"]["acc_stderr"] is None  # one item has no error
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--tasks", " , "], "--tasks names no task"),
+        (["--tasks", "nothing/piqa.jsonl"], "cannot read nothing/piqa.jsonl"),
+        (["--tasks", "sciq,nothing/piqa.jsonl"], "pip install lm-eval"),
+        (["--items", "3"], "--items says how many items of --tasks"),
+    ],
+)
+def test_the_command_eval_refuses_before_it_loads_a_model(
+    options, match, monkeypatch, capsys, fresh_registration
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    status, out, error = eval_command(monkeypatch, capsys, "no/model/here", *options)
+    assert status == 2 and not out and match in error
 
 
 @needs_lm_eval

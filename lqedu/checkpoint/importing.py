@@ -1,7 +1,7 @@
 """Opening what other tools quantized: ``lqedu.checkpoint.import_model``.
 
 GPTQ (version 1 and 2, act-order), AWQ ("gemm"), compressed-tensors (pack-, int-, float- and naive-quantized, FP8 in
-blocks) and the W4A8 layout of QServe. Codes, scales and zero points are taken as they are; nothing is computed from
+blocks), FP8 in blocks as DeepSeek and Qwen3 store it, and the W4A8 layout of QServe. Codes, scales and zero points are taken as they are; nothing is computed from
 them but the model's output. What config.json asks for and lqedu does not have is refused by name. Files are
 safetensors and JSON: no pickle is opened and no code of the folder runs. Chapter ``21-serving``.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lqedu.checkpoint import compressed_tensors, qserve
+from lqedu.checkpoint import compressed_tensors, fp8_blocks, qserve
 from lqedu.checkpoint.exporting import LAYOUTS
 from lqedu.checkpoint.folder import RECORD, load
 from lqedu.checkpoint.layout import take_scale
@@ -27,6 +27,7 @@ from lqedu.rounding import RoundingReport
 from lqedu.runtime.attention import AttentionPath, set_attention_path
 from lqedu.runtime.kinds import layer_of
 
+READERS = LAYOUTS | {fp8_blocks.NAME: fp8_blocks}  # by quant_method
 _OLD_CONFIG = "quantize_config.json"  # AutoGPTQ and AutoAWQ, before config.json held it
 _OF_ATTENTION = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point")
 _COMPUTED = ("rotary_emb.inv_freq",)  # buffers of old files that a model computes for itself
@@ -61,9 +62,9 @@ def import_model(folder: Path | str) -> tuple[nn.Module, Any]:
         raise CheckpointError(
             f"{folder} was written by lqedu, and its {RECORD} is missing; fetch or save the model again"
         )
-    if method not in LAYOUTS:
+    if method not in READERS:
         raise UnsupportedModelError(
-            f"{folder} is already quantized ({method}), and lqedu reads {', '.join(LAYOUTS)}; "
+            f"{folder} is already quantized ({method}), and lqedu reads {', '.join(READERS)}; "
             "load the dense model it was made from"
         )
     model, tokenizer = _frame(folder)
@@ -149,7 +150,7 @@ def _install(
     folder: Path, model: nn.Module, shards: Shards, rest: set[str], method: str, config: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Replace linear layers by quantized ones; takes the names of their tensors out of ``rest``, returns notes."""
-    layout = LAYOUTS[method]
+    layout = READERS[method]
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     try:

@@ -132,6 +132,54 @@ def test_qserve_without_a_config(tmp_path: Path) -> None:
     assert torch.equal(logits(folder), want)
 
 
+def fp8_blocks(folder: Path, **fields) -> Path:
+    """A model as DeepSeek and Qwen3 store it, in blocks that are no multiple of a layer's sides."""
+    export(quantize(tiny_model("qwen3"), FP8(granularity="channel", activation="none")), folder, "compressed-tensors",
+           tiny_tokenizer())  # fmt: skip
+    said = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [48, 48]}
+    edit_config(folder, lambda config: config.update(quantization_config=said | fields))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            rows, columns = tensors[name.removesuffix("_scale")].shape
+            scale = torch.rand(-(-rows // 48), -(-columns // 48), generator=torch.Generator().manual_seed(0)) / 448
+            tensors.pop(name)
+            tensors[name + "_inv"] = scale
+
+    edit_tensors(folder, change)
+    return folder
+
+
+def test_fp8_in_blocks(tmp_path: Path) -> None:
+    folder = fp8_blocks(tmp_path / "fp8")
+    model, _ = import_model(folder)
+    tensors, layer = load_file(folder / "model.safetensors"), quantized_linears(model)[UP]
+    scale = tensors[UP + ".weight_scale_inv"].repeat_interleave(48, 0)[:96].repeat_interleave(48, 1)[:, :64]
+    w = tensors[UP + ".weight"].double() * scale.double()
+    assert torch.equal(layer.quantized.dequantize(torch.float64), w)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    rounded = []
+    for part in x.split(48, dim=1):  # each token has a scale for 48 features, the last for 16
+        s = part.abs().amax(1, keepdim=True) / 448
+        rounded.append((part / s).to(torch.float8_e4m3fn).double() * s.double())
+    assert torch.allclose(layer(x).double(), torch.cat(rounded, 1) @ w.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"weight_block_size": None}, r"its weight_block_size is None; square blocks are read, such as \[128, 128\]"),
+        ({"weight_block_size": [128, 64]}, "square blocks"),
+        ({"activation_scheme": "static"}, "its activation_scheme is 'static', and only 'dynamic' is read"),
+        ({"scale_fmt": "ue8m0"}, "its scale_fmt is 'ue8m0', and only 'float' is read"),
+        ({"weight_block_size": [32, 32]}, r"weight_scale_inv has shape \[2, 2\], expected \[\d, 2\]"),
+    ],
+)
+def test_fp8_that_is_not_read(fields, match: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        import_model(fp8_blocks(tmp_path / "fp8", **fields))
+
+
 def test_a_quantized_head(gptq: Path) -> None:
     layer = quantize(tiny_model(), RTN(group_size=32))
     folder = export(layer, gptq.with_name("ct"), "compressed-tensors", tiny_tokenizer())

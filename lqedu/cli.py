@@ -155,11 +155,16 @@ def compare(
     length: LengthOpt = 512,
     tokens: TokensOpt = 32768,
     seed: SeedOpt = 0,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks to score too: piqa, arc_easy, hellaswag, ... or files, piqa.jsonl.")
+    ] = None,
+    items: ItemsOpt = None,
     json_: JsonOpt = False,
 ) -> None:
-    """Several methods on the same calibration and evaluation text, in one table, paired by window."""
+    """Several methods on the same calibration text, evaluation text and tasks, in one table, paired by window and item."""
     from lqedu.calibration import load_corpus, token_windows
     from lqedu.evaluation import paired, perplexity
+    from lqedu.evaluation.tasks import TASKS
     from lqedu.methods.base import get
     from lqedu.methods.pipeline import quantize as run
     from lqedu.models import load_model
@@ -168,8 +173,11 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods names no method; see 'lqedu methods'")
-    for name in names:
-        get(name)
+    fixed = [name for name in names if "bits" not in {field.name for field in fields(get(name))}]
+    if bits is not None and fixed:
+        has = "has" if len(fixed) == 1 else "have"
+        print(f"note: --bits says nothing to {', '.join(fixed)}, which {has} no choice of bits", file=sys.stderr)
+    questions = _load_tasks(tasks, items)
     dense, tokenizer = load_model(model)
     chosen = [_build(name, dense, bits, group_size, {}) for name in names]
     calibrate = None
@@ -179,7 +187,9 @@ def compare(
     evaluation = _evaluation_windows(tokenizer, corpus, length, tokens)
 
     reference = perplexity(dense, evaluation, progress=True)
+    answered = _score_tasks(dense, tokenizer, questions)
     rows = [{"method": "dense", "bits_per_weight": None, **_numbers(reference), "delta_nll": 0.0, "delta_stderr": 0.0}]
+    rows[0] |= _accuracies(answered, answered)
     for method in chosen:
         quantized = run(dense, method, calibrate, progress=True)
         _print_notes(quantized)
@@ -194,23 +204,28 @@ def compare(
                 **_numbers(result),
                 "delta_nll": difference.delta_nll,
                 "delta_stderr": _finite(difference.stderr),
+                **_accuracies(_score_tasks(quantized, tokenizer, questions), answered),
             }
         )
     if json_:
-        print(
-            json.dumps({"model": model, "corpus": corpus, "length": length, "windows": len(evaluation), "rows": rows})
-        )
+        about = {"model": model, "corpus": corpus, "length": length, "windows": len(evaluation)}
+        print(json.dumps(about | ({"items": _counts(answered)} if questions else {}) | {"rows": rows}))
         return
+    metrics = {task: "acc_norm" if TASKS[task].normalized else "acc" for task in questions}  # as the harness reports
     table = [
         [
             row["method"],
             "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}",
             f"{row['ppl']:.3f}",
             f"{row['delta_nll']:+.4f}{_plus_minus(row['delta_stderr'])}",
+            *(_accuracy_cell(row["tasks"][task], metric, dense=row is rows[0]) for task, metric in metrics.items()),
         ]
         for row in rows
     ]
-    _print_table(f"{model} on {corpus}", ["method", "bits per weight", "perplexity", "NLL against dense"], table)
+    headers = [f"{task} {metric}, %" for task, metric in metrics.items()]
+    _print_table(
+        f"{model} on {corpus}", ["method", "bits per weight", "perplexity", "NLL against dense", *headers], table
+    )
 
 
 @app.command()
@@ -480,6 +495,54 @@ def _measured(corpus: str, windows: Any, dense: Any, quantized: Any) -> Any:
 
     before, after = (perplexity(model, windows, progress=True) for model in (dense, quantized))
     return Quality.of(corpus, after, before)
+
+
+def _load_tasks(tasks: str | None, limit: int | None) -> dict[str, Any]:
+    """Items by task, as ``--tasks`` names them; read before a model is, because that fails sooner."""
+    from lqedu.evaluation import load_task
+
+    if tasks is None:
+        if limit is not None:
+            raise UsageError("--items says how many items of --tasks; name tasks, or leave it out")
+        return {}
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--tasks names no task, for example piqa,arc_easy")
+    return {Path(name).stem: load_task(name, limit=limit) for name in names}
+
+
+def _score_tasks(model: Any, tokenizer: Any, tasks: dict[str, Any]) -> dict[str, Any]:
+    from lqedu.evaluation import score
+
+    return {name: score(model, tokenizer, items, progress=True) for name, items in tasks.items()}
+
+
+def _accuracies(mine: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """Accuracies and how they differ from the dense model's, item by item; nothing where no task was asked for."""
+    from lqedu.evaluation import paired_scores
+
+    found = {}
+    for name, score in mine.items():
+        moved = paired_scores(score, dense[name])
+        found[name] = {
+            "acc": score.acc, "acc_stderr": _finite(score.acc_stderr), "delta_acc": moved.delta_acc,
+            "delta_acc_stderr": _finite(moved.acc_stderr), "acc_norm": score.acc_norm,
+            "acc_norm_stderr": _finite(score.acc_norm_stderr), "delta_acc_norm": moved.delta_acc_norm,
+            "delta_acc_norm_stderr": _finite(moved.acc_norm_stderr),
+        }  # fmt: skip
+    return {"tasks": found} if found else {}
+
+
+def _counts(scores: dict[str, Any]) -> dict[str, int]:
+    return {name: score.count for name, score in scores.items()}
+
+
+def _accuracy_cell(found: dict[str, Any], metric: str, *, dense: bool) -> str:
+    """The accuracy in percent with its own error, or with the difference from the dense model's and the paired error."""
+    share = f"{100 * found[metric]:.1f}"
+    error = found[f"{metric}_stderr"] if dense else found[f"delta_{metric}_stderr"]
+    said = "" if error is None else f" ± {100 * error:.1f}"
+    return f"{share}{said}" if dense else f"{share} ({100 * found[f'delta_{metric}']:+.1f}{said})"
 
 
 def _dtype(name: str) -> Any:

@@ -88,6 +88,21 @@ def check_keys(config: Mapping | None, keys: str) -> None:
         raise ValueError(f"config lacks {', '.join(lacking)}: take one from search_space, or None")
 
 
+def check_codes(codes: Tensor) -> None:
+    """Codes of 4 bits, ``[n, k]``, before they are packed: more would spill into their neighbours.
+
+    Raises:
+        TypeError: no tensor of two dimensions and whole numbers.
+        ValueError: a code outside 0 to 15, or -8 to 7.
+    """
+    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.ndim != 2:
+        got = f"{codes.dtype} of shape {list(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
+        raise TypeError(f"codes must be uint8 or int8 [n, k], got {got}")
+    low, high = (int(bound) for bound in codes.aminmax()) if codes.numel() else (0, 0)
+    if low < -8 or high > (7 if low < 0 else 15):
+        raise ValueError(f"codes must be within 0 to 15 or -8 to 7, got {low} to {high}: quantize to 4 bits first")
+
+
 def check_tensor(
     argument: str,
     tensor: Tensor,

@@ -76,8 +76,7 @@ def empty_pages(
     torch.Size([10, 8, 64, 32])
     """
     _check_kind(kind, head_dim)
-    if role not in ("key", "value"):
-        raise ValueError(f"role is 'key' or 'value', got {role!r}")
+    _check_role(role)
     fields = 16 // BITS[kind]
     shape = (PAGE, head_dim // fields) if role == "key" else (head_dim, PAGE // fields)
     codes = torch.zeros(pages, kv_heads, *shape, dtype=torch.int16, device=device)
@@ -91,7 +90,14 @@ def pack_pages(records: Tensor, kind: str, role: Role) -> Pages:
         records: uint8 ``[pages, kv_heads, 64, record bytes]``, as ``lqedu.formats.kv`` writes them.
         kind: "kv4", "kv8" or "fp8".
         role: whether they are keys or values; it decides along which axis words are packed.
+
+    Raises:
+        TypeError, ValueError: records of another dtype or shape, no such kind or role.
     """
+    if not isinstance(records, Tensor) or records.dtype != torch.uint8 or records.ndim != 4:
+        raise TypeError("records must be uint8 [pages, kv_heads, 64, bytes of a record]")
+    _check_kind(kind, 64)
+    _check_role(role)
     bits, width = BITS[kind], records.shape[-1] - (2 if kind == "fp8" else 4)
     codes = records[..., :width].to(torch.int32)
     codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2) if bits == 4 else codes
@@ -120,6 +126,7 @@ def unpack_pages(pages: Pages, role: Role) -> Tensor:
 
 def page_codes(pages: Pages, role: Role) -> Tensor:
     """Codes, one a byte: uint8 ``[pages, kv_heads, 64, D]``."""
+    _check_role(role)
     bits = BITS[pages.kind]
     words = pages.codes.to(torch.int32)
     codes = torch.cat([(words >> (bits * i)) & ((1 << bits) - 1) for i in range(16 // bits)], -1).to(torch.uint8)
@@ -184,6 +191,11 @@ def kv_append_reference(
 def _half(scale: Tensor) -> Tensor:
     half = scale.clamp(max=65504).to(torch.float16)
     return torch.where(half == 0, torch.ones_like(half), half).to(torch.float32)
+
+
+def _check_role(role: str) -> None:
+    if role not in ("key", "value"):
+        raise ValueError(f"role is 'key' or 'value', got {role!r}")
 
 
 def _check_kind(kind: str, head_dim: int, argument: str = "kind") -> None:

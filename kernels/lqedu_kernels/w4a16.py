@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_parts, sum_of_programs
-from lqedu_kernels._tensors import GLUON_LIMITS, HAS_GLUON, Target, check_kernel, check_tensor, target_of
+from lqedu_kernels._tensors import GLUON_LIMITS, HAS_GLUON, Target, check_codes, check_kernel, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -79,12 +79,16 @@ def w4a16_reference(
 def pack_w4a16(codes: Tensor) -> Tensor:
     """uint8 codes ``[n, k]``, 0 to 15, to the words a kernel reads: int16 ``[n, ceil(k / 128) * 32]``.
 
+    Raises:
+        TypeError, ValueError: other numbers or another shape.
+
     >>> words = pack_w4a16(torch.arange(128, dtype=torch.uint8).remainder(16)[None])
     >>> words.shape, f"{int(words[0, 1]) & 0xffff:016b}"
     (torch.Size([1, 32]), '0001000100010001')
     """
-    if codes.is_floating_point() or codes.ndim != 2:
-        raise TypeError(f"codes must be uint8 [n, k], got {codes.dtype} of shape {list(codes.shape)}")
+    check_codes(codes)
+    if codes.numel() and int(codes.min()) < 0:
+        raise ValueError("codes must be within 0 to 15, and some are negative: store them plus 8, with zero=None or 8")
     n, k = codes.shape
     blocks = -(-k // BLOCK)
     padded = torch.nn.functional.pad(codes, (0, blocks * BLOCK - k)).to(torch.int32).view(n, blocks, 4, LANES)

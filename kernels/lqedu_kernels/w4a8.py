@@ -42,7 +42,7 @@ from torch import Tensor
 
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import grouped_tile
-from lqedu_kernels._tensors import GLUON_LIMITS, HAS_GLUON, check_kernel, check_tensor, target_of
+from lqedu_kernels._tensors import GLUON_LIMITS, HAS_GLUON, check_codes, check_kernel, check_tensor, target_of
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -112,9 +112,13 @@ def pack_w4a8(q: Tensor) -> Tensor:
     Args:
         q: int8 in ``[-8, 7]`` (per channel) or uint8 in ``[0, 15]`` (in groups).
 
+    Raises:
+        TypeError, ValueError: other numbers or another shape.
+
     >>> pack_w4a8(torch.tensor([[-8, 7] + [0] * 62 + [1]], dtype=torch.int8))[0, :2].tolist()   # 0x18, 0x07
     [24, 7]
     """
+    check_codes(q)
     n, k = q.shape
     blocks = torch.nn.functional.pad(q.to(torch.int8), (0, -k % BLOCK)).view(torch.uint8).view(n, -1, 2, BLOCK // 2)
     return ((blocks[:, :, 0] & 15) | (blocks[:, :, 1] << 4)).view(n, -1)

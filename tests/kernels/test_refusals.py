@@ -10,10 +10,10 @@ from lqedu_kernels import _tensors
 from lqedu_kernels.fp8 import fp8_matmul
 from lqedu_kernels.hadamard import hadamard_transform
 from lqedu_kernels.kv_attention import kv_attention
-from lqedu_kernels.kv_pages import check_places, empty_pages, kv_append
+from lqedu_kernels.kv_pages import check_places, empty_pages, kv_append, pack_pages, page_values
 from lqedu_kernels.quantize import TokenGrid, quantize_tokens, rmsnorm_quantize, silu_quantize
 from lqedu_kernels.steps16 import rope
-from lqedu_kernels.w4a8 import w4a8_matmul
+from lqedu_kernels.w4a8 import pack_w4a8, w4a8_matmul
 from lqedu_kernels.w4a16 import pack_w4a16, w4a16_matmul
 from lqedu_kernels.w8a8 import w8a8_matmul
 
@@ -44,7 +44,14 @@ class Arguments:
             lambda a: w4a16_matmul(a.x, a.words, a.row, config={}),
             "config must name its kernel, one of few, many, hopper",
         ),
-        (lambda a: pack_w4a16(a.x), r"codes must be uint8 \[n, k\], got torch.float16 of shape \[2, 128\]"),
+        (lambda a: pack_w4a16(a.x), r"codes must be uint8 or int8 \[n, k\], got torch.float16 of shape \[2, 128\]"),
+        (lambda a: pack_w4a16(a.nibbles + 16), "codes must be within 0 to 15 or -8 to 7, got 16 to 16"),
+        (lambda a: pack_w4a16(a.w8 - 1), "codes must be within 0 to 15, and some are negative"),
+        (lambda a: pack_w4a8(a.w8 - 9), "codes must be within 0 to 15 or -8 to 7, got -9 to -9"),
+        (lambda a: pack_w4a8(a.two), "codes must be uint8 or int8"),
+        (lambda a: pack_pages(a.x8, "kv4", "key"), "records must be uint8"),
+        (lambda a: pack_pages(a.nibbles[None, None, :, :36], "kv5", "key"), "kind is one of kv4, kv8, fp8, got 'kv5'"),
+        (lambda a: page_values(a.pages[0], "keys"), "role is 'key' or 'value', got 'keys'"),
         (lambda a: w8a8_matmul(a.x8, a.two, a.w8, a.one), r"x_scale .* must have shape \[2, 1\], got \[2\]"),
         (
             lambda a: w8a8_matmul(a.x8, a.one, a.w8, a.one, config={"kernel": "few"}),

@@ -132,6 +132,8 @@ class _Writer:
                 return self.visit(ast.parse(constant.value, mode="eval").body)  # a forward reference
 
             def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+                if ast.unparse(node.value) == "Annotated":  # what follows the type is for a command line
+                    return self.visit(node.slice.elts[0])
                 return node if ast.unparse(node.value) == "Literal" else self.generic_visit(node)
 
         return ast.unparse(Qualify().visit(ast.parse(ast.unparse(node), mode="eval").body))

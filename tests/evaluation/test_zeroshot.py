@@ -10,7 +10,7 @@ from torch import nn
 from lqedu.errors import CalibrationError, LqeduError, UsageError
 from lqedu.evaluation import Item, PairedAccuracy, paired_scores, score
 from lqedu.evaluation.zeroshot import _encode
-from lqedu.methods import RTN
+from lqedu.methods import RTN, QuaRot
 from lqedu.methods.pipeline import quantize
 from tests.models_tiny import ARCHITECTURES, tiny_model
 
@@ -205,13 +205,18 @@ def test_a_long_text_loses_its_beginning():
     assert result.log_likelihoods[0][0] == pytest.approx(expected) and result.truncated == 1
 
 
-def test_quantized_models_and_half_precision_are_scored():
-    model, made = tiny_model("llama"), items(6)
-    quantized = quantize(model, RTN(bits=4, group_size=32))
+@pytest.mark.parametrize("method", [RTN(bits=4, group_size=32), QuaRot(rounding="nearest")])
+def test_quantized_models_are_scored(method):
+    """With QuaRot activations are 4-bit per token and the keys and values too: neither sees the padding."""
+    quantized, made = quantize(tiny_model("llama"), method).double(), items(4)
     result = score(quantized, Letters(), made)
     expected = [[value for value, _ in reference(quantized, Letters(), item)] for item in made]
     for got, want in zip(result.log_likelihoods, expected, strict=True):
         assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_half_precision_is_scored():
+    model, made = tiny_model("llama"), items(6)
     whole, half = score(model, Letters(), made), score(model.to(torch.bfloat16), Letters(), made)
     assert half.gold_nll == pytest.approx(whole.gold_nll, rel=0.02)
 

@@ -234,7 +234,7 @@ class Request:
 
     Attributes:
         hardware: "cpu", "ampere" (GPUs with INT8 but no FP8 units) or "hopper".
-        shape: a model of :data:`lqedu.evaluation.random_models.SHAPES`.
+        shape: a model of ``lqedu.evaluation.random_models.SHAPES``.
         memory: bytes for weights, cache and step.
         batch, context: texts at once, and tokens to which each may grow.
         work: what takes the time: "decode" writes tokens, "prefill" reads prompts.

@@ -1,14 +1,14 @@
 """The recorded times of the kernels, as rows a chapter can show: beside FP16, beside their peers, under their ceiling.
 
-Reads what ``python -m lqedu_kernels.bench`` wrote (``book/results/kernels_*.json``). Only :func:`kernel_error` needs torch
-and Triton.
+Reads what ``python -m lqedu_kernels.bench`` wrote (``book/results/kernels_*.json``). Only :func:`has_kernels` and
+:func:`kernel_error` need torch, and the latter Triton.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lqedu.book.display import Table, table
-from lqedu.errors import UsageError
+from lqedu.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +26,11 @@ def has_kernels() -> bool:
 
     Chapters show recorded times everywhere, and run the kernels' references where Triton is installed.
     """
+    from lqedu.runtime.backend import kernels
+
     try:
-        import lqedu_kernels  # noqa: F401
-    except ImportError as error:
+        kernels("tuning")
+    except MissingDependencyError as error:
         print(f"{error} The kernel's own checks are skipped.")
         return False
     return True

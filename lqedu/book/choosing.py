@@ -1,6 +1,6 @@
 """Which method for which job: recorded numbers behind a few questions, and an answer that names its rows; ``24-choose``.
 
-    advice = recommend(Request(hardware="hopper", batch=64, context=1024, loss=0.1))
+    advice = recommend(Situation(hardware="hopper", batch=64, context=1024, loss=0.1))
     advice.best.option.name, advice.best.sources
 
 An option is a method at settings that this site measured. It is a candidate where it keeps every limit of a request: the
@@ -126,7 +126,7 @@ OPTIONS: tuple[Option, ...] = (
 
 
 @dataclass(frozen=True)
-class Quality:
+class MeasuredLoss:
     """Loss of an option in nats a token against the dense model, paired; its standard error; bits of a weight; whence."""
 
     loss: float
@@ -145,7 +145,7 @@ def _file(stem: str) -> dict[str, Any]:
     return results(stem)
 
 
-def quality(option: Option) -> Quality:
+def quality(option: Option) -> MeasuredLoss:
     """Loss of an option. The only function here that knows where losses are recorded.
 
     Raises:
@@ -157,7 +157,7 @@ def quality(option: Option) -> Quality:
         raise UsageError(f"{stem} must hold one row of {option.name}, with {where}; it holds {len(rows)}")
     (row,) = rows
     bits = 16.0 if option.method is None else row["bits_per_weight"]
-    return Quality(row["delta_nll"], row["delta_stderr"], bits, f"{stem}: {_say(where)}")
+    return MeasuredLoss(row["delta_nll"], row["delta_stderr"], bits, f"{stem}: {_say(where)}")
 
 
 @cache
@@ -229,7 +229,7 @@ def _points(stem: str, work: str) -> dict[tuple[str, int, int], float]:
 
 
 @dataclass(frozen=True)
-class Request:
+class Situation:
     """What somebody has and wants.
 
     Attributes:
@@ -287,7 +287,7 @@ class Estimate:
     """
 
     option: Option
-    quality: Quality
+    quality: MeasuredLoss
     bytes: float
     speed: Speed | None
     score: float
@@ -319,7 +319,7 @@ class Advice:
     notes: tuple[str, ...] = field(default=())
 
 
-def estimate(option: Option, request: Request) -> Estimate:
+def estimate(option: Option, request: Situation) -> Estimate:
     """All numbers of an option under a request, and the limits that it breaks."""
     shape, loss = SHAPES[request.shape], quality(option)
     held = memory(option, shape, batch=request.batch, context=request.context)
@@ -354,7 +354,7 @@ def _no_units(option: Option, hardware: str) -> str:
     return f"{hardware} has no units for its products, or no kernel here uses them"
 
 
-def _bound(option: Option, request: Request) -> float:
+def _bound(option: Option, request: Situation) -> float:
     """Bytes that a decoding step must read in FP16 over those of an option: chapter ``01``."""
     shape = SHAPES[request.shape]
 
@@ -366,7 +366,7 @@ def _bound(option: Option, request: Request) -> float:
     return read(OPTIONS[0]) / read(option)
 
 
-def candidates(request: Request, options: Iterable[Option] = OPTIONS) -> list[Estimate]:
+def candidates(request: Situation, options: Iterable[Option] = OPTIONS) -> list[Estimate]:
     """The options that keep every limit."""
     return [found for option in options if not (found := estimate(option, request)).broken]
 
@@ -385,7 +385,7 @@ def _dominates(a: Estimate, b: Estimate) -> bool:
     return one != two and all(x <= y for x, y in zip(one, two, strict=True))
 
 
-def recommend(request: Request, options: Sequence[Option] = OPTIONS) -> Advice:
+def recommend(request: Situation, options: Sequence[Option] = OPTIONS) -> Advice:
     """The fastest candidate; among those within 5 % of it the one that loses least.
 
     Every candidate that another one dominates is left out first. Where prompts are read on hardware that was not measured,
@@ -405,7 +405,7 @@ def recommend(request: Request, options: Sequence[Option] = OPTIONS) -> Advice:
     return Advice(best, order, tuple(kept), None, notes)
 
 
-def _excess(e: Estimate, request: Request) -> float:
+def _excess(e: Estimate, request: Situation) -> float:
     """How far an option is beyond the limits: logarithms of the factors; infinite where it cannot run at all."""
     if "hardware" in e.broken:
         return math.inf
@@ -415,7 +415,7 @@ def _excess(e: Estimate, request: Request) -> float:
     return excess + 2 * ("effort" in e.broken) + 2 * ("layout" in e.broken)
 
 
-def _notes(request: Request, tried: Sequence[Estimate]) -> tuple[str, ...]:
+def _notes(request: Situation, tried: Sequence[Estimate]) -> tuple[str, ...]:
     notes = []
     smallest = min(e.quality.stderr for e in tried if e.option.method is not None)
     if request.loss < 2 * smallest:
@@ -429,10 +429,10 @@ def _notes(request: Request, tried: Sequence[Estimate]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def fits(option: Option, request: Request) -> int:
+def fits(option: Option, request: Situation) -> int:
     """Texts of the request's length that fit into its memory; 0 where the weights alone do not.
 
-    >>> fits(OPTIONS[0], Request())
+    >>> fits(OPTIONS[0], Situation())
     474
     """
     shape = SHAPES[request.shape]

@@ -11,7 +11,7 @@ from lqedu.book.choosing import (
     LAYOUTS,
     OPTIONS,
     Option,
-    Request,
+    Situation,
     candidates,
     estimate,
     fits,
@@ -27,7 +27,7 @@ from lqedu.evaluation.random_models import FORMATS, SHAPES
 from lqedu.evaluation.roofline import kv_bytes_per_token
 
 GRID = [
-    Request(hardware, shape, budget, batch, context, work, loss, effort, layout)
+    Situation(hardware, shape, budget, batch, context, work, loss, effort, layout)
     for hardware, shape, budget, (batch, context), work, loss, effort, layout in itertools.product(
         HARDWARE, ("llama-3-8b",), (4e9, 7e9, 80e9), ((1, 1024), (64, 8192)), ("decode", "prefill"),
         (0.0, 0.03, 0.12, 2.0), EFFORTS, ("any", "awq"),
@@ -71,7 +71,7 @@ def test_memory_is_what_was_recorded():
                 assert got == pytest.approx(row["measured_bytes"], rel=0.01)
                 checked += 1
             elif row["name"] == "memory":
-                asked = Request(shape=shape, context=row["context"], memory=row["budget_bytes"])
+                asked = Situation(shape=shape, context=row["context"], memory=row["budget_bytes"])
                 assert fits(option, asked) == row["largest_batch"]
     assert checked > 40
     (quip,) = [o for o in OPTIONS if o.name == "QuIP W2A16"]
@@ -144,18 +144,18 @@ def test_every_kind_of_answer_is_reached():
 
 
 def test_an_impossible_request_is_answered_with_the_closest():
-    tight = Request(memory=15e9, loss=0.0)  # FP16 needs 16.3 GB, and nothing else loses nothing
+    tight = Situation(memory=15e9, loss=0.0)  # FP16 needs 16.3 GB, and nothing else loses nothing
     advice = recommend(tight)
     assert advice.best is None and advice.candidates == () and advice.frontier == ()
     assert advice.closest.option.name == "RTN W8A16" and advice.closest.broken == ("loss",)
     assert "of a budget of 0" in advice.closest.why[0]
     assert "measure more windows" in advice.notes[0]
-    nothing = recommend(Request(memory=1e9, loss=2.0))
+    nothing = recommend(Situation(memory=1e9, loss=2.0))
     assert nothing.closest.option.name == "QuIP W2A16" and "GB of 1.0" in nothing.closest.why[0]
 
 
 def test_dominated_options_leave_the_frontier():
-    found = {e.option.name: e for e in candidates(Request(loss=1.0, memory=80e9))}
+    found = {e.option.name: e for e in candidates(Situation(loss=1.0, memory=80e9))}
     names = _names(frontier(list(found.values())))
     assert "AWQ W4A16" in names and "GPTQ W4A16" not in names  # the same kernel and effort, and a larger loss
     assert frontier([found["GPTQ W4A16"]]) == [found["GPTQ W4A16"]]
@@ -163,7 +163,7 @@ def test_dominated_options_leave_the_frontier():
 
 def test_unmeasured_hardware_gets_a_bound_for_decoding_and_none_for_prompts():
     (awq,) = [o for o in OPTIONS if o.name == "AWQ W4A16"]
-    request = Request(hardware="cpu", batch=1, context=1024)
+    request = Situation(hardware="cpu", batch=1, context=1024)
     e = estimate(awq, request)
     weights = FORMATS["w4a16"]
     assert e.speed is None and 2.8 < e.score < 4 and weights.weight is not None
@@ -200,4 +200,4 @@ def test_layouts_are_those_of_the_export_table():
 )
 def test_a_request_that_makes_no_sense_is_refused(change, sentence):
     with pytest.raises(UsageError, match=sentence):
-        Request(**change)
+        Situation(**change)

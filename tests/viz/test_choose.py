@@ -6,7 +6,7 @@ import math
 import pytest
 
 import lqedu.viz
-from lqedu.book.choosing import EFFORTS, HARDWARE, OPTIONS, Request, estimate, explorer_data, recommend
+from lqedu.book.choosing import EFFORTS, HARDWARE, OPTIONS, Situation, estimate, explorer_data, recommend
 from tests.viz.js import assert_every_control_matters, compute
 
 DATA = explorer_data()
@@ -25,7 +25,7 @@ def test_numbers_equal_python() -> None:
     inputs = [dict(zip(keys, values, strict=True)) for values in grid][::5]
     answers = set()
     for one, got in zip(inputs, compute("choose", [DATA | one for one in inputs]), strict=True):
-        request = Request(**one | {"memory": 1e9 * one["memory"], "effort": EFFORTS[one["effort"]]})
+        request = Situation(**one | {"memory": 1e9 * one["memory"], "effort": EFFORTS[one["effort"]]})
         want = recommend(request)
         assert got["best"] == (want.best and want.best.option.name), one
         assert got["closest"] == (want.closest and want.closest.option.name), one

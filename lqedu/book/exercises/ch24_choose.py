@@ -76,10 +76,10 @@ def _even(fn):
 
 @exercise("24-choose.5", "the budget that buys a 4-bit cache")
 def _budget(answer):
-    from lqedu.book.choosing import Request, recommend
+    from lqedu.book.choosing import Situation, recommend
 
     got = float(answer)
-    best = recommend(Request(batch=64, context=1024, loss=got)).best.option.name
+    best = recommend(Situation(batch=64, context=1024, loss=got)).best.option.name
     assert best == "QoQ W4A8KV4", f"with {got:g} nats the answer is {best}: allow more"
-    less = recommend(Request(batch=64, context=1024, loss=0.7 * got)).best.option.name
+    less = recommend(Situation(batch=64, context=1024, loss=0.7 * got)).best.option.name
     assert less != best, f"{got:g} nats buy it, and so do {0.7 * got:g}: look for the smallest budget of the explorer"

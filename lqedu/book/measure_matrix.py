@@ -1,7 +1,7 @@
 """The matrix of all methods, measured: ``python -m lqedu.book.measure_matrix smollm2-135m --device cuda``.
 
 One result file a row (``book/results/matrix/<model>/<row>.json``, written when the row is done), so that an interrupted run goes
-on, rows can be measured anew alone, and several GPUs share them:
+on, rows can be measured anew alone, and several GPUs share them::
 
     for i in 0 1 2 3; do
         CUDA_VISIBLE_DEVICES=$i python -m lqedu.book.measure_matrix smollm2-135m --device cuda --part $((i + 1))/4 &

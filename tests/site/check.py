@@ -44,9 +44,12 @@ class Shape:
     code_cells: tuple[int, int] = (18, 31)  # 30, and one for the kernel that "On hardware" records
     figures: tuple[int, int] = (5, 9)
     exercises: tuple[int, int] = (4, 6)
+    seconds: int = 90  # that the title cell may state; what takes longer runs once a week, see runs_weekly below
 
 
 REDUCED = {
+    # A worked case from installation to tokens: a stage a cell, and whole models instead of blocks.
+    "25-end-to-end": Shape(code_cells=(18, 36), seconds=600),
     "00-setup": Shape(
         optional=frozenset(SPINE[2:11]), extra_sections=True, words=(600, 3500), code_cells=(6, 30), figures=(0, 9),
         exercises=(2, 6),
@@ -220,6 +223,8 @@ def title_cell(chapter: Chapter) -> Iterator[Problem]:
     badge = first.source.rstrip().splitlines()[-1].split(" · ")
     if len(badge) != 3 or f"({link})" not in badge[0] or "runs on" not in badge[1].lower() or "about" not in badge[2]:
         yield 0, f"the title cell must end with '[Open in Colab]({link}) · runs on a CPU · about N s'"
+    elif not (stated := re.search(r"about (\d+) s\b", badge[2])) or int(stated[1]) > chapter.shape.seconds:
+        yield 0, f"the title cell must state at most 'about {chapter.shape.seconds} s' for this chapter"
 
 
 @gate
@@ -686,6 +691,21 @@ def results_exist(book: Book) -> Iterator[BookProblem]:
             for stem in re.findall(r"\bresults\(\s*['\"]([\w-]+)['\"]", cell.source):
                 if not (book.root / "book" / "results" / f"{stem}.json").is_file():
                     yield chapter.path, cell.index, f"book/results/{stem}.json does not exist"
+
+
+@book_gate
+def runs_weekly(book: Book) -> Iterator[BookProblem]:
+    """What `make notebooks` leaves out are the chapters that may take longer, no other; the weekly workflow runs them all."""
+    settings, weekly = book.root / "tests/notebooks/pytest.ini", book.root / ".github/workflows/weekly.yml"
+    text = {path: path.read_text(encoding="utf-8") if path.is_file() else "" for path in (settings, weekly)}
+    long = {chapter.id for chapter in book.chapters if chapter.shape.seconds > Shape().seconds}
+    ignored = set(re.findall(r"--ignore=book/chapters/([\w-]+)\.ipynb", text[settings]))
+    for chapter in sorted(long - ignored):
+        yield settings, None, f"{chapter} may take minutes: add --ignore=book/chapters/{chapter}.ipynb"
+    for chapter in sorted(ignored - long):
+        yield settings, None, f"{chapter} is left out of 'make notebooks', and nothing says that it may take long"
+    if long and "run: make execute\n" not in text[weekly]:
+        yield weekly, None, "no step runs 'make execute', so nothing runs the chapters that take long"
 
 
 @book_gate

@@ -102,6 +102,7 @@ SPOILT: dict[str, tuple[Callable[[Notebook], None], str]] = {
     # gate: what is spoilt, what the message says
     "title_cell label": (_replace("(04-gptq)=", "(gptq)="), "the first cell must begin"),
     "title_cell badge": (_replace("/blob/v0.1.0/", "/blob/main/"), "must end with"),
+    "title_cell time": (_replace("about 5 s", "about 500 s"), "at most 'about 90 s'"),
     "title_cell second title": (_append("## Summary", "\n\n# Another"), "one level-1 heading"),
     "spine missing": (_replace("## When it breaks", "### When it breaks"), "'## When it breaks' is missing"),
     "spine order": (_move("## Summary"), "must stand in the order"),
@@ -235,6 +236,7 @@ def book(tmp_path: Path) -> Path:
     (tmp_path / "book/results").mkdir()
     (tmp_path / "book/api").mkdir()
     (tmp_path / "lqedu/formats").mkdir(parents=True)
+    (tmp_path / "tests/notebooks").mkdir(parents=True)
     files = {
         "pyproject.toml": '[project]\nversion = "0.1.0"\n',
         "lqedu/__init__.py": '__version__ = "0.1.0"\n',
@@ -248,6 +250,7 @@ def book(tmp_path: Path) -> Path:
         "book/references.bib": (ROOT / "book/references.bib").read_text(encoding="utf-8"),
         "book/chapters/04-gptq.ipynb": nbformat.writes(good_chapter()),
         "book/results/good.json": json.dumps(GOOD_RESULT),
+        "tests/notebooks/pytest.ini": "[pytest]\naddopts = --nbval-lax\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -280,6 +283,21 @@ BROKEN_BOOK = {
     "links path": ("book/intro.md", "[here](chapters/none.md)", "the link chapters/none.md leads nowhere"),
     "result_files": ("book/results/good.json", '{"schema": 1}', "missing fields"),
     "results_exist": ("book/results/other.json", None, "book/results/other.json does not exist"),
+    "runs_weekly hidden": (
+        "tests/notebooks/pytest.ini",
+        "--ignore=book/chapters/04-gptq.ipynb",
+        "nothing says that it may take long",
+    ),
+    "runs_weekly long": (
+        "book/chapters/25-end-to-end.ipynb",
+        "chapter 25-end-to-end",
+        "add --ignore=book/chapters/25-end",
+    ),
+    "runs_weekly nowhere": (
+        "book/chapters/25-end-to-end.ipynb",
+        "chapter 25-end-to-end",
+        "no step runs 'make execute'",
+    ),
     "residue": ("book/intro.md", "TO" + "DO: more", "marks unfinished work"),
     "residue path": ("book/intro.md", "see /" + "home/someone/book", "is a path of one machine"),
     "api_is_documented": ("book/api/formats.md", "# F\n", "no page of book/api"),

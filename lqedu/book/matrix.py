@@ -296,7 +296,7 @@ def read_matrix(
 
 
 def problems(result: Mapping[str, Any]) -> list[str]:
-    """Where a row's summaries are not those of its own samples and bits; what :func:`lqedu.book.results.validate` cannot know."""
+    """Where a row's summaries are not those of its own samples and bits; what the schema cannot know."""
     found = []
 
     def same(where: str, stored: Any, computed: float | None) -> None:

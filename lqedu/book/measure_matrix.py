@@ -7,7 +7,7 @@ on, rows can be measured anew alone, and several GPUs share them::
         CUDA_VISIBLE_DEVICES=$i python -m lqedu.book.measure_matrix smollm2-135m --device cuda --part $((i + 1))/4 &
     done; wait
 
-``--dry-run`` says which rows are left and about how long they take. :mod:`lqedu.book.matrix` has the rows, and reads the files.
+``--dry-run`` says which rows are left and about how long they take. ``lqedu.book.matrix`` has the rows, and reads the files.
 """
 
 import gc

@@ -276,6 +276,12 @@ def _loading(format: str) -> str:
             'folder = "PATH_OF_THIS_FOLDER"\n'
             "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)"
         )
+    if format == "compressed-tensors":  # transformers has no place for packed zero points; vLLM has
+        code += (
+            "\n\n# weights with zero points have to be unpacked when transformers loads them:\n"
+            "# from transformers import CompressedTensorsConfig\n"
+            "# AutoModelForCausalLM.from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))"
+        )
     return f"```python\n{code}\n```"
 
 

@@ -63,7 +63,8 @@ def export(
     """Write a quantized model in the format of another tool to a new folder, all of it or nothing.
 
     Codes, scales and zero points are those of the model, bit for bit, and :func:`import_model` gives them back.
-    Embeddings, norms and biases are written in the dtype they have: call ``model.half()`` before for smaller files.
+    Embeddings, norms and biases are written in the dtype they have: quantize what
+    ``lqedu.load_model(..., dtype=torch.float16)`` returns for smaller files.
 
     Args:
         model: a model that :func:`lqedu.quantize` or :func:`lqedu.load_model` returned.

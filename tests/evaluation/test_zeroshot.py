@@ -143,14 +143,14 @@ class Fixed(nn.Module):
 
 
 def test_the_longer_answer_wins_by_its_length_only():
-    """-2 and -3 in nats: the short one is likelier, a character of the long one is."""
+    """-1 and -2.4 in nats: the short one is likelier, a character of the long one is; with the space it would not be."""
     logits = torch.full((64,), -40.0)
-    logits[27], logits[1] = -2.0, -0.5  # " a" and "a"
-    logits[0] = math.log(1 - math.exp(-2.0) - math.exp(-0.5))  # the rest, so that logits are log-probabilities
+    logits[27], logits[1] = -1.0, -0.7  # " a" and "a"
+    logits[0] = math.log(1 - math.exp(-1.0) - math.exp(-0.7))  # the rest, so that logits are log-probabilities
     item = Item(("x", "x"), ("a", "aaa"), 0)
     result = score(Fixed(logits), Letters(), [item, Item(("x", "x"), ("a", "aaa"), 1)])
-    assert result.log_likelihoods[0] == pytest.approx((-2.0, -3.0), rel=1e-5)
-    assert result.correct == (True, False) and result.correct_norm == (False, True)  # -2 / 1 < -3 / 3
+    assert result.log_likelihoods[0] == pytest.approx((-1.0, -2.4), rel=1e-5)
+    assert result.correct == (True, False) and result.correct_norm == (False, True)  # -1 / 1 < -2.4 / 3
     assert (result.acc, result.acc_norm) == (0.5, 0.5)
     assert math.isnan(score(Fixed(logits), Letters(), [item]).acc_stderr)
 
@@ -188,6 +188,9 @@ def test_without_a_context_the_text_begins_with_the_tokenizers_token():
     assert (ids, length) == ([0, 27, 2], 2)  # the end token, as there is none for the beginning
     assert _encode(Letters(bos=63), [("", "ab")]) == [([63, 27, 2], 2)]
     assert _encode(Letters(bos=63), [("x", "ab")]) == [([63, 24, 27, 2], 2)]
+    begun = Letters()
+    begun.eos_token_id = 27  # the continuation's own first token is not written twice, and is not scored
+    assert _encode(begun, [("", "ab")]) == [([27, 2], 1)]
     model, item = tiny_model("llama").double(), Item(("",), ("ab",), 0)
     with torch.no_grad():
         log_p = model(torch.tensor([[0, 27]])).logits[0].log_softmax(-1)
@@ -203,6 +206,7 @@ def test_a_long_text_loses_its_beginning():
         log_p = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
     expected = sum(log_p[place - 1, ids[place]].item() for place in range(len(ids) - 3, len(ids)))
     assert result.log_likelihoods[0][0] == pytest.approx(expected) and result.truncated == 1
+    assert score(model, Letters(), [Item(("a" * 128,), ("b",), 0)]).truncated == 0  # the last token is not read
 
 
 @pytest.mark.parametrize("method", [RTN(bits=4, group_size=32), QuaRot(rounding="nearest")])

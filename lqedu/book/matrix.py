@@ -31,7 +31,7 @@ _EXACT = 2e-6  # samples are stored with six digits
 
 
 @dataclass(frozen=True)
-class Row:
+class MatrixRow:
     """One method at one setting.
 
     Attributes:
@@ -57,8 +57,8 @@ class Row:
         return {**self.options, **(self.opt_options if model_type == "opt" else {})}
 
 
-def _rows() -> Iterator[Row]:
-    yield Row(DENSE, "FP", None)
+def _rows() -> Iterator[MatrixRow]:
+    yield MatrixRow(DENSE, "FP", None)
     sizes = {"g64": 64, "channel": None}
     for method, title, more in (
         ("rtn", "RTN", {}),
@@ -70,52 +70,54 @@ def _rows() -> Iterator[Row]:
             for size, group_size in sizes.items():
                 options = {"bits": bits, "group_size": group_size, **more}
                 baseline = DENSE if method == "rtn" else f"rtn_w{bits}_{size}"
-                yield Row(f"{method}_w{bits}_{size}", f"{title} W{bits} {size}", method, options, baseline=baseline)
+                yield MatrixRow(
+                    f"{method}_w{bits}_{size}", f"{title} W{bits} {size}", method, options, baseline=baseline
+                )
     for bits in (8, 4, 3, 2):
-        yield Row(f"quip_w{bits}", f"QuIP W{bits}", "quip", {"bits": bits}, baseline=f"rtn_w{bits}_channel")
+        yield MatrixRow(f"quip_w{bits}", f"QuIP W{bits}", "quip", {"bits": bits}, baseline=f"rtn_w{bits}_channel")
 
     naive = {"group_size": None, "symmetric": True}
-    yield Row("rtn_w8a8", "RTN W8A8", "rtn", {"bits": 8, **naive, "activation_bits": 8})
+    yield MatrixRow("rtn_w8a8", "RTN W8A8", "rtn", {"bits": 8, **naive, "activation_bits": 8})
     static = {"activation": "static"}
-    yield Row("rtn_w8a8_static", "RTN W8A8 static", "rtn", {"bits": 8, **naive, "activation_bits": 8, **static})
+    yield MatrixRow("rtn_w8a8_static", "RTN W8A8 static", "rtn", {"bits": 8, **naive, "activation_bits": 8, **static})
     for kv, kv_bits in (("", None), ("kv4", 4)):
         for size, group_size in sizes.items():
             options = {"bits": 4, **naive, "group_size": group_size, "activation_bits": 8, "kv_bits": kv_bits}
-            yield Row(f"rtn_w4a8{kv}_{size}", f"RTN W4A8{kv.upper()} {size}", "rtn", options)
-    yield Row("rtn_w4a4kv4", "RTN W4A4KV4", "rtn", {"bits": 4, **naive, "activation_bits": 4, "kv_bits": 4})
+            yield MatrixRow(f"rtn_w4a8{kv}_{size}", f"RTN W4A8{kv.upper()} {size}", "rtn", options)
+    yield MatrixRow("rtn_w4a4kv4", "RTN W4A4KV4", "rtn", {"bits": 4, **naive, "activation_bits": 4, "kv_bits": 4})
 
     alpha = {"alpha": 0.8}, {"alpha": 0.5}  # the paper's for Llama and its default, for OPT
-    yield Row("smoothquant_w8a8", "SmoothQuant W8A8", "smoothquant", *alpha, baseline="rtn_w8a8")
-    yield Row(
+    yield MatrixRow("smoothquant_w8a8", "SmoothQuant W8A8", "smoothquant", *alpha, baseline="rtn_w8a8")
+    yield MatrixRow(
         "smoothquant_w8a8_static", "SmoothQuant W8A8 static", "smoothquant", {**alpha[0], **static}, alpha[1],
         baseline="rtn_w8a8_static",
     )  # fmt: skip
     w4a4 = {"baseline": "rtn_w4a4kv4"}
-    yield Row("quarot_w4a4kv4_nearest", "QuaRot W4A4KV4, nearest", "quarot", {"rounding": "nearest"}, **w4a4)
-    yield Row("quarot_w4a4kv4", "QuaRot W4A4KV4", "quarot", **w4a4)
-    yield Row(
+    yield MatrixRow("quarot_w4a4kv4_nearest", "QuaRot W4A4KV4, nearest", "quarot", {"rounding": "nearest"}, **w4a4)
+    yield MatrixRow("quarot_w4a4kv4", "QuaRot W4A4KV4", "quarot", **w4a4)
+    yield MatrixRow(
         "spinquant_w4a4kv4", "SpinQuant W4A4KV4", "spinquant", {"windows_per_step": 16}, windows=256, **w4a4
     )  # tokens a step: half the paper's
     for size, group_size in sizes.items():
         for move, words in (("smooth", ""), ("rotate", ", rotated")):
             suffix = "" if move == "smooth" else "_rotated"
-            yield Row(
+            yield MatrixRow(
                 f"qqq_w4a8_{size}{suffix}", f"QQQ W4A8 {size}{words}", "qqq", {"group_size": group_size, "move": move},
                 baseline=f"rtn_w4a8_{size}",
             )  # fmt: skip
-        yield Row(
+        yield MatrixRow(
             f"qoq_w4a8kv4_{size}", f"QoQ W4A8KV4 {size}", "qoq", {"group_size": group_size},
             baseline=f"rtn_w4a8kv4_{size}",
         )  # fmt: skip
-    yield Row("fp8_tensor_static", "FP8 tensor, static", "fp8", {"granularity": "tensor", **static})
-    yield Row("fp8_channel_token", "FP8 channel, token", "fp8")
-    yield Row("fp8_block_group", "FP8 block, group", "fp8", {"granularity": "block", "activation": "group"})
+    yield MatrixRow("fp8_tensor_static", "FP8 tensor, static", "fp8", {"granularity": "tensor", **static})
+    yield MatrixRow("fp8_channel_token", "FP8 channel, token", "fp8")
+    yield MatrixRow("fp8_block_group", "FP8 block, group", "fp8", {"granularity": "block", "activation": "group"})
 
 
-ROWS: dict[str, Row] = {row.name: row for row in _rows()}
+ROWS: dict[str, MatrixRow] = {row.name: row for row in _rows()}
 
 
-def select(patterns: str) -> list[Row]:
+def select(patterns: str) -> list[MatrixRow]:
     """Rows by name, in the order of the table; patterns as a shell has them, separated by commas, ``-`` for ``_`` if one likes.
 
     Raises:

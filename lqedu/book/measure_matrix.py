@@ -28,7 +28,7 @@ import typer
 from torch import Tensor, nn
 
 import lqedu
-from lqedu.book.matrix import BATCHES, LARGEST_NLL, TASKS, Row, pack_bits, select, slug
+from lqedu.book.matrix import BATCHES, LARGEST_NLL, TASKS, MatrixRow, pack_bits, select, slug
 from lqedu.book.measure import CALIBRATION, EVALUATION
 from lqedu.book.results import read_result, write_result
 from lqedu.calibration.corpus import wikitext2_text
@@ -111,18 +111,18 @@ class Setting:
         """Where the model is."""
         return self.model.get_input_embeddings().weight.device
 
-    def calibration(self, row: Row) -> dict[str, Any]:
+    def calibration(self, row: MatrixRow) -> dict[str, Any]:
         """What a row is calibrated on, for its file."""
         return {**CALIBRATION, "windows": row.windows, "length": self._calibration_length()}
 
-    def windows(self, row: Row) -> Tensor:
+    def windows(self, row: MatrixRow) -> Tensor:
         """The calibration windows of a row."""
         about = self.calibration(row)
         return lqedu.token_windows(
             self.tokenizer, self.calibration_text, length=about["length"], count=about["windows"], seed=about["seed"]
         )
 
-    def configuration(self, row: Row) -> dict[str, Any]:
+    def configuration(self, row: MatrixRow) -> dict[str, Any]:
         """What the file of a row says of how it was measured; all of :data:`IDENTITY` and more."""
         method = method_of(row, self.model.config.model_type)
         return {
@@ -219,7 +219,7 @@ def make_setting(
     return Setting(name, model, tokenizer, windows, tasks, calibration_text, tokens_per_batch, shared)
 
 
-def method_of(row: Row, model_type: str) -> Method | None:
+def method_of(row: MatrixRow, model_type: str) -> Method | None:
     """The method of a row, for a model of this type; ``None`` for the dense model."""
     return None if row.method is None else build(row.method, row.options_for(model_type))
 
@@ -227,7 +227,7 @@ def method_of(row: Row, model_type: str) -> Method | None:
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def measure_row(setting: Setting, row: Row, say: Callable[[str], None] = lambda text: None) -> list[Line]:
+def measure_row(setting: Setting, row: MatrixRow, say: Callable[[str], None] = lambda text: None) -> list[Line]:
     """All numbers of a row: the lines of its result file. A number that cannot be had is a ``reason``, never an exception.
 
     Raises:
@@ -307,7 +307,7 @@ def _unread(model: nn.Module) -> str | None:
     return None
 
 
-def _quantized(setting: Setting, method: Method, row: Row) -> tuple[nn.Module, Line]:
+def _quantized(setting: Setting, method: Method, row: MatrixRow) -> tuple[nn.Module, Line]:
     calibration = setting.windows(row) if method.uses_calibration else None
     with _measured(setting.device) as found:
         model = lqedu.quantize(setting.model, method, calibration)
@@ -445,20 +445,20 @@ def is_done(path: Path, configuration: Mapping[str, Any]) -> bool:
     return not any(line.get("again") for line in result["values"])
 
 
-def split(rows: Sequence[Row], part: str, cost: Callable[[Row], float]) -> list[Row]:
+def split(rows: Sequence[MatrixRow], part: str, cost: Callable[[MatrixRow], float]) -> list[MatrixRow]:
     """The rows of one of several processes, ``"1/4"`` to ``"4/4"``, with about the same cost each.
 
     Raises:
         UsageError: anything else.
 
-    >>> rows = [Row(name, name, None) for name in "abcd"]
+    >>> rows = [MatrixRow(name, name, None) for name in "abcd"]
     >>> [[row.name for row in split(rows, part, lambda row: 3 if row.name == "d" else 1)] for part in ("1/2", "2/2")]
     [['d'], ['a', 'b', 'c']]
     """
     one, _, many = part.partition("/")
     if not (one.isdecimal() and many.isdecimal() and 1 <= int(one) <= int(many)):
         raise UsageError(f"--part is 1/4, 2/4 and so on, got {part!r}")
-    shares: list[list[Row]] = [[] for _ in range(int(many))]
+    shares: list[list[MatrixRow]] = [[] for _ in range(int(many))]
     for row in sorted(rows, key=cost, reverse=True):
         min(shares, key=lambda share: sum(map(cost, share))).append(row)
     mine = {row.name for row in shares[int(one) - 1]}
@@ -467,13 +467,13 @@ def split(rows: Sequence[Row], part: str, cost: Callable[[Row], float]) -> list[
 
 def run(
     setting: Setting,
-    rows: Sequence[Row],
+    rows: Sequence[MatrixRow],
     out: Path,
-    command: Callable[[Row], str],
+    command: Callable[[MatrixRow], str],
     *,
     minutes: float | None = None,
-    cost: Callable[[Row], float] = lambda row: 0.0,
-) -> list[Row]:
+    cost: Callable[[MatrixRow], float] = lambda row: 0.0,
+) -> list[MatrixRow]:
     """Measure rows and write a file each; those that are there are kept.
 
     Args:
@@ -532,7 +532,9 @@ def _told(lines: Sequence[Line]) -> str:
     return ", ".join(words)
 
 
-def command_of(model: str, row: Row, *, device: str, dtype: str, limits: Limits, tokens_per_batch: int | None) -> str:
+def command_of(
+    model: str, row: MatrixRow, *, device: str, dtype: str, limits: Limits, tokens_per_batch: int | None
+) -> str:
     """The command by which anybody measures a row again, with texts and tasks from the Hub; nothing of this machine."""
     words = ["python", "-m", "lqedu.book.measure_matrix", model, "--rows", row.name, "--device", device.split(":")[0]]
     options = {
@@ -569,7 +571,9 @@ _SLOWER_ON_CPU = 12
 _START, _DECODE = 60.0, 15.0  # imports, model, texts; compiling and timing steps
 
 
-def estimate(row: Row, linear_weights: int, head_weights: int, *, device: str, dtype: str, limits: Limits) -> float:
+def estimate(
+    row: MatrixRow, linear_weights: int, head_weights: int, *, device: str, dtype: str, limits: Limits
+) -> float:
     """About how many seconds a row takes: operations over a rate, and quantization by the weight.
 
     Layers with quantized inputs are read at half the rate of dense ones (in groups a fifth), keys and values cost as much again.
@@ -650,7 +654,7 @@ def main(
     chosen, limits = select(rows), Limits(windows, items, length)
     linear_weights, head_weights = weights_of(model)
 
-    def cost(row: Row) -> float:
+    def cost(row: MatrixRow) -> float:
         return estimate(row, linear_weights, head_weights, device=device, dtype=dtype, limits=limits)
 
     if part is not None:

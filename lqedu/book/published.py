@@ -2,7 +2,7 @@
 
 ``book/results/published.csv`` holds a figure a row: ``method,model,setting,metric,value,fp16_value,source``. A row is
 refused rather than repaired. Two perplexities may be compared only where the text was cut into the same windows, so that
-every row knows its ``protocol``; what transfers best between protocols is :attr:`Row.delta_nll`. Needs no torch.
+every row knows its ``protocol``; what transfers best between protocols is :attr:`PublishedFigure.delta_nll`. Needs no torch.
 """
 
 import csv
@@ -67,7 +67,7 @@ class Bits:
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedFigure:
     """One published figure.
 
     Attributes:
@@ -122,7 +122,7 @@ class Row:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def published() -> tuple[Row, ...]:
+def published() -> tuple[PublishedFigure, ...]:
     """All rows of ``published.csv``, found where :func:`lqedu.book.results` finds result files.
 
     Raises:
@@ -135,7 +135,7 @@ def published() -> tuple[Row, ...]:
     raise UsageError("no book/results/published.csv above this folder nor with the package; run from a checkout")
 
 
-def read_rows(text: str, name: str = "published.csv") -> tuple[Row, ...]:
+def read_rows(text: str, name: str = "published.csv") -> tuple[PublishedFigure, ...]:
     """Rows of a CSV text.
 
     Raises:
@@ -162,7 +162,7 @@ def read_rows(text: str, name: str = "published.csv") -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _row(record: Mapping[str | None, Any], where: str) -> Row:
+def _row(record: Mapping[str | None, Any], where: str) -> PublishedFigure:
     if None in record or None in record.values():
         raise UsageError(f"{where}: a row has {len(COLUMNS)} entries; quote those that hold a comma")
     for column in COLUMNS:
@@ -171,7 +171,7 @@ def _row(record: Mapping[str | None, Any], where: str) -> Row:
     kind = _kind(record["metric"], where)
     value, fp16 = (_number(record[c], c, kind, where) for c in ("value", "fp16_value"))
     model = _SPELLINGS.get(record["model"], record["model"])
-    return Row(record["method"], model, record["setting"], record["metric"], value, fp16, record["source"])
+    return PublishedFigure(record["method"], model, record["setting"], record["metric"], value, fp16, record["source"])
 
 
 def _kind(metric: str, where: str) -> str:
@@ -199,21 +199,21 @@ def _number(text: str, column: str, kind: str, where: str) -> float | None:
 # --- choosing and comparing -------------------------------------------------------------------------------------------
 
 
-def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+def select(rows: Iterable[PublishedFigure], **wanted: Any) -> list[PublishedFigure]:
     """Rows whose attributes equal the given ones, or are among them where a list, tuple or set is given.
 
     >>> len(select(read_rows(",".join(COLUMNS) + "\\nRTN,OPT-13B,W4A16,c4_ppl,12.3,11.2,x\\n"), model=("OPT-13B", "OPT-6.7B")))
     1
     """
 
-    def fits(row: Row) -> bool:
+    def fits(row: PublishedFigure) -> bool:
         pairs = ((getattr(row, key), value) for key, value in wanted.items())
         return all(got in value if isinstance(value, list | tuple | set) else got == value for got, value in pairs)
 
     return [row for row in rows if fits(row)]
 
 
-def comparable(rows: Sequence[Row]) -> list[Row]:
+def comparable(rows: Sequence[PublishedFigure]) -> list[PublishedFigure]:
     """The rows, if all are of one model, metric and protocol.
 
     Raises:
@@ -228,7 +228,7 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
     return list(rows)
 
 
-def decimals(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
+def decimals(rows: Iterable[PublishedFigure]) -> dict[tuple[str, str], int]:
     """``(source, metric)`` -> digits after the point that the source prints: the most that any of its rows has."""
     most: dict[tuple[str, str], int] = {}
     for row in rows:
@@ -238,12 +238,12 @@ def decimals(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
     return most
 
 
-def disagreements(rows: Iterable[Row]) -> list[list[Row]]:
+def disagreements(rows: Iterable[PublishedFigure]) -> list[list[PublishedFigure]]:
     """Rows of two or more sources for one method, model, metric, protocol and number of bits, the furthest apart first.
 
     Distance is the ratio of the largest value to the smallest one.
     """
-    cells: dict[tuple[Any, ...], list[Row]] = {}
+    cells: dict[tuple[Any, ...], list[PublishedFigure]] = {}
     for row in rows:
         if row.bits is not None:
             cells.setdefault((row.method, row.model, row.metric, row.protocol, row.bits), []).append(row)
@@ -252,7 +252,7 @@ def disagreements(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def coverage(
-    rows: Iterable[Row], methods: Sequence[str], models: Sequence[str], metric: str = "wikitext2_ppl"
+    rows: Iterable[PublishedFigure], methods: Sequence[str], models: Sequence[str], metric: str = "wikitext2_ppl"
 ) -> list[dict[str, Any]]:
     """A row a model: how many figures each method has in windows of 2,048, ``"other"`` where only elsewhere, or ``None``."""
     table = []
@@ -267,7 +267,7 @@ def coverage(
     return table
 
 
-def explorer_rows(rows: Iterable[Row], models: Sequence[str]) -> list[list[Any]]:
+def explorer_rows(rows: Iterable[PublishedFigure], models: Sequence[str]) -> list[list[Any]]:
     """Rows as the explorer ``published`` reads them: perplexities of ``models`` with bits and an FP16 value."""
     return [
         [
@@ -401,7 +401,7 @@ class Compared:
     """A pair with its numbers: ``theirs`` are the published rows, ``ours`` the row of our result file."""
 
     pair: Pair
-    theirs: tuple[Row, ...]
+    theirs: tuple[PublishedFigure, ...]
     ours: Mapping[str, Any]
 
     @property
@@ -414,7 +414,7 @@ class Compared:
         return self.ours["delta_nll"]
 
 
-def compare(rows: Iterable[Row], model: str, pairs: Sequence[Pair] = PAIRS) -> list[Compared]:
+def compare(rows: Iterable[PublishedFigure], model: str, pairs: Sequence[Pair] = PAIRS) -> list[Compared]:
     """The pairs of which a model has a published perplexity on WikiText-2, with both numbers.
 
     Raises:

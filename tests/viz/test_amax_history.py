@@ -22,7 +22,9 @@ START = {"format": "E4M3", "scaling": "delayed", "reach": 3, "margin": 0, "jump"
 
 def test_numbers_equal_the_package() -> None:
     choices = itertools.product(("E4M3", "E5M2"), ("delayed", "current"), (0, 3, 6), (0, 2), (-9, 5, 12), (False, True))
-    some = list(choices)[::5]  # 5 divides no count of choices, so that every value and every pair of values is among them
+    some = list(choices)[
+        ::5
+    ]  # 5 divides no count of choices, so that every value and every pair of values is among them
     inputs = [DATA | dict(zip(START, choice, strict=True)) for choice in some]
     for one, steps in zip(inputs, compute("amax_history", inputs), strict=True):
         fmt = {"E4M3": E4M3, "E5M2": E5M2}[one["format"]]

@@ -1,5 +1,7 @@
 """Which method for which job: recorded numbers behind a few questions, and an answer that names its rows; ``24-choose``.
 
+A request, and what answers it::
+
     advice = recommend(Situation(hardware="hopper", batch=64, context=1024, loss=0.1))
     advice.best.option.name, advice.best.sources
 

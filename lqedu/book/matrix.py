@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from lqedu._statistics import mean_and_error
 from lqedu.book.display import Table, table
 from lqedu.book.results import read_result, result_folders
 from lqedu.errors import UsageError
@@ -259,7 +260,7 @@ class Matrix:
         theirs = line.get("samples") if kind is None else _flags(line, kind)
         if theirs is None:
             return None, None
-        return mean_and_error([float(a) - float(b) for a, b in zip(mine, theirs, strict=True)])
+        return _mean_and_error([float(a) - float(b) for a, b in zip(mine, theirs, strict=True)])
 
 
 def read_matrix(
@@ -319,7 +320,7 @@ def problems(result: Mapping[str, Any]) -> list[str]:
         if "reason" in line:
             continue
         if name in TEXTS:
-            nll, stderr = mean_and_error(line["samples"])
+            nll, stderr = _mean_and_error(line["samples"])
             same(f"{name} nll", line["nll"], nll)
             same(f"{name} stderr", line["stderr"], stderr)
             ppl = None if line["nll"] >= LARGEST_NLL else math.exp(line["nll"])
@@ -329,7 +330,7 @@ def problems(result: Mapping[str, Any]) -> list[str]:
         elif name in TASKS:
             for kind in ("acc", "acc_norm"):
                 try:
-                    mean, stderr = mean_and_error([float(flag) for flag in _flags(line, kind)])
+                    mean, stderr = _mean_and_error([float(flag) for flag in _flags(line, kind)])
                 except UsageError as error:
                     found.append(f"{name} {kind}: {error}")
                     continue
@@ -347,10 +348,10 @@ def problems(result: Mapping[str, Any]) -> list[str]:
 LARGEST_NLL = 700.0  # beyond it a perplexity is no float
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; ``None`` for a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; ``None``, as JSON has it, for a single value."""
+    mean, error = mean_and_error(values)
+    return mean, None if math.isnan(error) else error
 
 
 def _find(model: str) -> Path:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 
+from lqedu._statistics import mean_and_error
 from lqedu.errors import CalibrationError, UsageError
-from lqedu.evaluation.perplexity import mean_and_error
 from lqedu.evaluation.tasks import Item
 
 

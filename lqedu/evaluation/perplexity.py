@@ -9,9 +9,7 @@ Text differs far more from window to window than two versions of a model do on t
 
 import hashlib
 import math
-import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from lqedu._statistics import mean_and_error
 from lqedu.errors import CalibrationError, UsageError
 from lqedu.models.modes import inference
 
@@ -132,12 +131,6 @@ def _window_nll(model: nn.Module, batch: Tensor) -> list[float]:
         losses = [cross_entropy(part.float(), target, reduction="none") for part, target in pairs]
         means.append(torch.cat(losses).double().mean().item())
     return means
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; the error of a single value is NaN."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
 
 
 def _check(model: nn.Module, windows: Tensor, batch_size: int) -> None:

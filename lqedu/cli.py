@@ -5,7 +5,6 @@ sentence that says what is wrong and what to do. ``--json`` prints one JSON obje
 """
 
 import json
-import math
 import platform
 import shutil
 import sys
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from lqedu import __version__
+from lqedu._statistics import finite
 from lqedu.errors import ExportError, LqeduError, UsageError
 
 _BadUsage = typer.BadParameter.__mro__[2]  # ClickException: click's own, or the copy that newer typers carry
@@ -203,7 +203,7 @@ def compare(
                 "bits_per_weight": 8 * sum(layer.nbytes for layer in layers) / weights,
                 **_numbers(result),
                 "delta_nll": difference.delta_nll,
-                "delta_stderr": _finite(difference.stderr),
+                "delta_stderr": finite(difference.stderr),
                 **_accuracies(_score_tasks(quantized, tokenizer, questions), answered),
             }
         )
@@ -482,9 +482,9 @@ def _accuracy(task: str, found: Any) -> dict[str, float | int | str | None]:
     """The numbers of a score; ``acc_norm`` where the harness has it too."""
     from lqedu.evaluation.tasks import TASKS
 
-    numbers: dict[str, Any] = {"acc": found.acc, "acc_stderr": _finite(found.acc_stderr)}
+    numbers: dict[str, Any] = {"acc": found.acc, "acc_stderr": finite(found.acc_stderr)}
     if TASKS[task].normalized:
-        numbers |= {"acc_norm": found.acc_norm, "acc_norm_stderr": _finite(found.acc_norm_stderr)}
+        numbers |= {"acc_norm": found.acc_norm, "acc_norm_stderr": finite(found.acc_norm_stderr)}
     rest = {"gold_nll": found.gold_nll, "items": found.count, "truncated": found.truncated}
     return numbers | rest | {"items_sha256": found.items_sha256}
 
@@ -525,10 +525,10 @@ def _accuracies(mine: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     for name, score in mine.items():
         moved = paired_scores(score, dense[name])
         found[name] = {
-            "acc": score.acc, "acc_stderr": _finite(score.acc_stderr), "delta_acc": moved.delta_acc,
-            "delta_acc_stderr": _finite(moved.acc_stderr), "acc_norm": score.acc_norm,
-            "acc_norm_stderr": _finite(score.acc_norm_stderr), "delta_acc_norm": moved.delta_acc_norm,
-            "delta_acc_norm_stderr": _finite(moved.acc_norm_stderr),
+            "acc": score.acc, "acc_stderr": finite(score.acc_stderr), "delta_acc": moved.delta_acc,
+            "delta_acc_stderr": finite(moved.acc_stderr), "acc_norm": score.acc_norm,
+            "acc_norm_stderr": finite(score.acc_norm_stderr), "delta_acc_norm": moved.delta_acc_norm,
+            "delta_acc_norm_stderr": finite(moved.acc_norm_stderr),
         }  # fmt: skip
     return {"tasks": found} if found else {}
 
@@ -617,12 +617,7 @@ def _evaluation_windows(tokenizer: Any, corpus: str, length: int, tokens: int) -
 
 
 def _numbers(result: Any) -> dict[str, float | None]:
-    return {"ppl": result.ppl, "nll": result.nll, "stderr": _finite(result.stderr), "tokens": result.tokens}
-
-
-def _finite(stderr: float) -> float | None:
-    """A single window has no standard error, and JSON has no NaN."""
-    return stderr if math.isfinite(stderr) else None
+    return {"ppl": result.ppl, "nll": result.nll, "stderr": finite(result.stderr), "tokens": result.tokens}
 
 
 def _plus_minus(stderr: float | None) -> str:
@@ -630,7 +625,7 @@ def _plus_minus(stderr: float | None) -> str:
 
 
 def _perplexity_row(result: Any) -> list[str]:
-    return [f"{result.ppl:.4f}", f"{result.nll:.4f}{_plus_minus(_finite(result.stderr))}", f"{result.tokens:,}"]
+    return [f"{result.ppl:.4f}", f"{result.nll:.4f}{_plus_minus(finite(result.stderr))}", f"{result.tokens:,}"]
 
 
 def _print_notes(quantized: Any) -> None:

@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from lqedu._statistics import mean_and_error
+from lqedu._statistics import finite, mean_and_error
 from lqedu.book.display import Table, table
 from lqedu.book.results import read_result, result_folders
 from lqedu.errors import UsageError
@@ -351,7 +351,7 @@ LARGEST_NLL = 700.0  # beyond it a perplexity is no float
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and its standard error; ``None``, as JSON has it, for a single value."""
     mean, error = mean_and_error(values)
-    return mean, None if math.isnan(error) else error
+    return mean, finite(error)
 
 
 def _find(model: str) -> Path:

@@ -6,7 +6,6 @@ were used, quality from what :func:`lqedu.perplexity` returned. Facts that nobod
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from torch import Tensor, nn
 
 from lqedu import __version__
+from lqedu._statistics import finite
 from lqedu.errors import CheckpointError, UsageError
 from lqedu.evaluation.perplexity import Perplexity, paired, windows_sha256
 from lqedu.runtime.linear import quantized_linears
@@ -84,10 +84,10 @@ class Quality:
         difference = None if dense is None else paired(quantized, dense)
         return cls(
             shown_name(text), len(quantized.window_nll), quantized.tokens,
-            _finite(quantized.ppl), quantized.nll, _finite(quantized.stderr),
+            finite(quantized.ppl), quantized.nll, finite(quantized.stderr),
             None if dense is None else dense.ppl,
             None if difference is None else difference.delta_nll,
-            None if difference is None else _finite(difference.stderr),
+            None if difference is None else finite(difference.stderr),
             quantized.windows_sha256,
         )  # fmt: skip
 
@@ -312,7 +312,3 @@ def _check_types(facts: Any) -> None:
         value = getattr(facts, name)
         if get_origin(kind) is not tuple and type(value) not in kinds and not (type(value) is int and float in kinds):
             raise TypeError(f"{name} holds {value!r}")
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None

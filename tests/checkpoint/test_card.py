@@ -38,6 +38,15 @@ def _facts() -> Facts:
     return Facts("org/some-model", "0" * 64, Calibration.of("c4", tiny_windows(2, 8), 7), (quality,))
 
 
+def test_how_zero_points_are_loaded_is_said_where_it_matters() -> None:
+    cards = {
+        name: model_card(METHOD, bits_per_weight=4.25, format=name) for name in ("compressed-tensors", "gptq", "lqedu")
+    }
+    assert [name for name, card in cards.items() if "CompressedTensorsConfig(dequantize=True)" in card] == [
+        "compressed-tensors"
+    ]
+
+
 def test_the_head_is_what_the_hub_reads() -> None:
     facts = _facts()
     card = ModelCard(model_card(METHOD, bits_per_weight=4.25, facts=facts))

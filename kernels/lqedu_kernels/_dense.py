@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lqedu_kernels._schedule import COUNTERS, counters, overlapped
-from lqedu_kernels._tensors import HAS_GLUON, Target, check_kernel
+from lqedu_kernels._tensors import HAS_GLUON, Target, check_kernel, row_major
 from lqedu_kernels.tuning import Config, configuration
 
 #: The keys of a configuration, for each kernel it may name.
@@ -185,8 +185,8 @@ def launch(
             count = counters(y.device)
         split_kernel[(tiles * splits,)](x_codes, w_codes, y, *scales, parts, count, *sizes, **options, SPLITS=splits)
         return
-    d_x = TensorDescriptor.from_tensor(x_codes, [block_m, block_k])
-    d_w = TensorDescriptor.from_tensor(w_codes, [block_n, block_k])
+    d_x = TensorDescriptor.from_tensor(row_major(x_codes), [block_m, block_k])
+    d_w = TensorDescriptor.from_tensor(row_major(w_codes), [block_n, block_k])
     d_y = TensorDescriptor.from_tensor(y, [block_m, block_n // 2])
     programs = min(tiles, target.processors * config["per_processor"])
     tiles_kernel[(programs,)](d_x, d_w, d_y, *scales, *sizes, **options, FLATTEN=config["flatten"])

@@ -136,3 +136,15 @@ def check_tensor(
         )
     if tensor.numel() and tensor.data_ptr() % 16:
         raise ValueError(f"{argument}{meaning} does not start at a multiple of 16 bytes: pass {argument}.clone()")
+
+
+def row_major(matrix: Tensor) -> Tensor:
+    """A contiguous matrix with the strides of its shape, as descriptors need them.
+
+    PyTorch calls a matrix of one row contiguous whatever the stride of its rows, and ``[n, 1].T`` has a stride of one element.
+
+    >>> column = torch.ones(64, 1)
+    >>> column.T.is_contiguous(), column.T.stride(), row_major(column.T).stride()
+    (True, (1, 1), (64, 1))
+    """
+    return matrix.as_strided(matrix.shape, (matrix.shape[1], 1))

@@ -44,7 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lqedu_kernels._dense import has_descriptors
 from lqedu_kernels._schedule import after_previous, grouped_tile, overlapped
-from lqedu_kernels._tensors import HAS_GLUON, Target, target_of
+from lqedu_kernels._tensors import HAS_GLUON, Target, row_major, target_of
 
 #: Inputs of a step, a row of shared memory (128 bytes, one swizzle); also inputs and outputs that share a scale of a block.
 BLOCK = 128
@@ -399,7 +399,9 @@ def matmul(
     width = parts[-1] if rows * parts[-1] * 2 <= left and len(set(parts)) == 1 else parts[0] // 2
 
     def descriptor(tensor: Tensor, shape: list[int], element: gl.dtype) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, shape, gl.NVMMASharedLayout.get_default_for(shape, element))
+        return TensorDescriptor.from_tensor(
+            row_major(tensor), shape, gl.NVMMASharedLayout.get_default_for(shape, element)
+        )
 
     descriptors = (
         descriptor(x_codes, [rows, BLOCK], code),

@@ -32,7 +32,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lqedu_kernels._numerics import INTERPRET, round_half_even, to_dtype
 from lqedu_kernels._schedule import COUNTERS, counters, first_step, grouped_tile, sum_of_parts, sum_of_programs
-from lqedu_kernels._tensors import GLUON_LIMITS, HAS_GLUON, Target, check_codes, check_kernel, check_tensor, target_of
+from lqedu_kernels._tensors import (
+    GLUON_LIMITS,
+    HAS_GLUON,
+    Target,
+    check_codes,
+    check_kernel,
+    check_tensor,
+    row_major,
+    target_of,
+)
 from lqedu_kernels.tuning import configuration
 
 __all__ = [
@@ -530,7 +539,8 @@ def w4a16_matmul(
     if described:
         blocks = ([block_m, 32], [block_n, 32], [1, block_n], [1, block_n])
         tensors = tuple(
-            None if t is None else TensorDescriptor.from_tensor(t, b) for t, b in zip(tensors, blocks, strict=True)
+            None if t is None else TensorDescriptor.from_tensor(row_major(t), block)
+            for t, block in zip(tensors, blocks, strict=True)
         )
     _many_kernel[(programs,)](
         *tensors, bias, y, partial, counters(y.device), m, n, k, groups,

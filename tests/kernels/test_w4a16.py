@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lqedu_kernels._tensors import Target
+from lqedu_kernels._tensors import Target, row_major
 from lqedu_kernels.w4a16 import (
     bytes_moved,
     default_config,
@@ -40,7 +41,8 @@ def problem(
     return {
         "x": torch.randn(m, k, generator=make).to(dtype).to(device),
         "words": pack_w4a16(codes).to(device),
-        "scale": (torch.rand(groups, n, generator=make) * 0.02 + 0.005).to(dtype).to(device),
+        # as lqedu.runtime.backend has it: of one group, [n, 1].T is contiguous already and keeps its stride of one element
+        "scale": (torch.rand(n, groups, generator=make) * 0.02 + 0.005).to(dtype).to(device).T.contiguous(),
         "zero": None if zero is None else zeros.round().to(zero).to(device) if zero == torch.uint8 else zeros.to(zero).to(device),
         "group_size": group_size,
     }  # fmt: skip
@@ -226,3 +228,12 @@ def test_refusals(argument: str, wrong: object, error: type, message: str, devic
     a = problem(3, 40, 256, 64, torch.uint8, torch.float16, device)
     with pytest.raises(error, match=re.escape(message)):
         w4a16_matmul(**(a | {argument: wrong(a)}))
+
+
+def test_a_descriptor_takes_the_scales_of_one_group() -> None:
+    """What the kernel builds on a Hopper GPU, which the interpreter does not reach: a row with a stride of one element."""
+    scale = torch.ones(64, 1, dtype=torch.float16).T.contiguous()
+    assert scale.stride() == (1, 1)
+    with pytest.raises(AssertionError, match="16-byte aligned"):
+        TensorDescriptor.from_tensor(scale, [1, 16])
+    assert TensorDescriptor.from_tensor(row_major(scale), [1, 16]).strides == (64, 1)

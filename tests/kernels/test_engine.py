@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lqedu
+from lqedu.formats.fp8 import Float8ActivationGrid
 from lqedu.models.copying import copy_sharing_tensors
 from lqedu.runtime import backend, quantize_kv, quantized_linears
 from lqedu.runtime.decoder import decoder_of
@@ -20,7 +21,9 @@ STEPS = 1
 #: Sums in another order move a 16-bit number to its neighbour, 2^-10 away, and that moves what follows; the code of an activation
 #: moves by a step then, at most 1/7 of the largest of a token (4 bits). The references are compared with the models of
 #: transformers in tests/runtime/test_engine.py.
-CLOSE, CLOSE_CODES = 2.0**-7, 2.0**-5
+#: A code of E4M3 is 1/16 to 1/8 of its value from the next, and tensor cores add FP8 products to fewer digits than float32 has, so
+#: codes move in most texts: by up to 0.04 of the logits of this small model on an H100, by 0.0009 where none moves.
+CLOSE, CLOSE_CODES, CLOSE_FP8 = 2.0**-7, 2.0**-5, 2.0**-4
 PICKED = (
     "rtn", "rtn symmetric", "hqq", "smoothquant", "smoothquant static", "quarot", "spinquant", "qqq", "qoq", "qoq channel", "fp8",
     "fp8 block",
@@ -54,8 +57,15 @@ def check(model: nn.Module, device: torch.device, lengths: tuple[int, ...] = (1,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "runs_kernels", lambda x: False)
         want = of_engine(model, rows, torch.device("cpu"))
-    coded = any(layer.path.activation is not None for layer in quantized_linears(model).values())
-    assert relative_error(of_engine(model, rows, device), want) < (CLOSE_CODES if coded else CLOSE)
+    grids = [layer.path.activation for layer in quantized_linears(model).values() if layer.path.activation is not None]
+    allowed = (
+        CLOSE
+        if not grids
+        else CLOSE_FP8
+        if any(isinstance(grid, Float8ActivationGrid) for grid in grids)
+        else CLOSE_CODES
+    )
+    assert relative_error(of_engine(model, rows, device), want) < allowed
 
 
 @pytest.mark.parametrize("name", PICKED)

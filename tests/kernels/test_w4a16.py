@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lqedu_kernels._tensors import Target, row_major
+from lqedu_kernels._tensors import Target, row_major, target_of
+from lqedu_kernels.tuning import configuration
 from lqedu_kernels.w4a16 import (
     bytes_moved,
     default_config,
@@ -172,7 +173,9 @@ def test_programs_that_share_a_tile(shares: int, device: torch.device) -> None:
 @pytest.mark.parametrize("m", [1, 8, 16, 17, 70])
 def test_default_configuration(m: int, device: torch.device) -> None:
     a = problem(m, 72, 256, 128, torch.uint8, torch.float16, device)
-    assert_close(w4a16_matmul(**a), a, {"kernel": "few" if m <= 16 else "many"})
+    kernel = (configuration("w4a16/group128", m, 72, 256, gpu=target_of(a["x"], "x").name) or {}).get("kernel")
+    untuned = "few" if m <= 16 else "many"  # also what runs where the GPU's measured kernel does not take the call
+    assert_close(w4a16_matmul(**a), a, {"kernel": kernel if kernel == "hopper_few" else untuned})
 
 
 def test_no_tokens(device: torch.device) -> None:

@@ -341,7 +341,8 @@ def problems(result: Mapping[str, Any]) -> list[str]:
         elif name == "quantize":
             same("quantize seconds", line["seconds"], line["median"])
         elif name == "decode":
-            same("decode tokens_per_s", line["tokens_per_s"], line["batch"] / line["median"])
+            middle = sorted(line["samples"])[len(line["samples"]) // 2]  # as lqedu.evaluation.throughput takes it
+            same("decode tokens_per_s", line["tokens_per_s"], line["batch"] / middle)
     return found
 
 
@@ -375,10 +376,11 @@ def _check_same(model: str, files: Mapping[str, Mapping[str, Any]], same_commit:
                     f"the rows {first} and {name} of {model} differ in {key}: {_short(theirs)} and {_short(mine)}; "
                     "measure one of them again"
                 )
-        if file["host"]["gpu"] != files[first]["host"]["gpu"]:
+        mine, theirs = _gpu(file), _gpu(files[first])
+        if mine != theirs:
             raise UsageError(
-                f"the rows {first} and {name} of {model} were measured on {files[first]['host']['gpu']} and "
-                f"{file['host']['gpu']}; times of different machines are no table"
+                f"the rows {first} and {name} of {model} were measured on {theirs} and {mine}; "
+                "times of different machines are no table"
             )
     if same_commit:
         measured = {name: (file["commit"], file["dirty"]) for name, file in files.items()}
@@ -387,6 +389,12 @@ def _check_same(model: str, files: Mapping[str, Mapping[str, Any]], same_commit:
                 f"the rows {first} and {other[0]} of {model} were measured by different commits; measure one of them again, "
                 "or read them with same_commit=False"
             )
+
+
+def _gpu(file: Mapping[str, Any]) -> str | None:
+    """The GPU of a row, which uses one, however many the machine has ("4 x NVIDIA H100 80GB HBM3")."""
+    name = file["host"]["gpu"]
+    return None if name is None else re.sub(r"^\d+ x ", "", name)
 
 
 def _short(value: Any) -> str:

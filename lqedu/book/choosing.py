@@ -9,17 +9,19 @@ An option is a method at settings that this site measured. It is a candidate whe
 hardware multiplies its numbers, weights and cache fit, its loss is within the budget, its effort is allowed and its layout is
 asked for. Limits only filter, so a looser one never takes a candidate away. Among the candidates speed decides, then loss.
 
-Loss was measured on one small model, speed and memory on models of 7 and 8 billion weights with random weights, both on one
-kind of GPU. What was not measured has no number here, and is said to have none.
+Loss was measured on one small model, on the bench of all methods (``22-side-by-side``) where that has the option's settings;
+speed and memory on models of 7 and 8 billion weights with random weights, on one kind of GPU. What was not measured has no
+number here, and is said to have none.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
 from lqedu import methods
+from lqedu.book.matrix import DENSE, read_matrix, slug
 from lqedu.book.results import results
 from lqedu.errors import UsageError
 from lqedu.evaluation.memory import largest_batch, page_bytes, step_bytes, weight_bytes
@@ -35,6 +37,7 @@ Effort = Literal["none", "calibration", "training"]  # each allows those before 
 HARDWARE: tuple[str, ...] = get_args(Hardware)
 EFFORTS: tuple[str, ...] = get_args(Effort)
 LAYOUTS = ("any", "compressed-tensors", "gptq", "awq", "qserve")  # of lqedu.checkpoint.exporting
+MODEL = "smollm2-135m"  #: whose losses were measured
 MEASURED_ON: Hardware = "hopper"  #: the only hardware whose speed was measured
 TIE = 0.05  #: speeds that differ by less count as equal, and loss decides
 
@@ -47,7 +50,8 @@ class Option:
         name: short, unique.
         method: in the registry of methods; ``None`` is the dense model.
         settings: as :func:`lqedu.methods.build` takes them, for a model of a size that is served.
-        evidence: stem of the result file of its loss, and the fields that single out its row there.
+        evidence: where its loss is recorded: a row of the matrix (``lqedu.book.matrix.ROWS``), or where that has none of these
+            settings the stem of a result file and the fields that single out its row there.
         form: the format in which whole models were timed and their memory measured; ``None``: none was.
         hardware: what multiplies its numbers directly.
         layouts: of other tools, which hold it.
@@ -56,7 +60,7 @@ class Option:
     name: str
     method: str | None
     settings: dict[str, Any]
-    evidence: tuple[str, dict[str, Any]]
+    evidence: str | tuple[str, dict[str, Any]]
     form: str | None = None
     hardware: tuple[str, ...] = HARDWARE
     layouts: tuple[str, ...] = ()
@@ -81,42 +85,31 @@ _GPUS = ("ampere", "hopper")  # INT8 tensor cores
 _CT, _GPTQ, _AWQ, _QSERVE = LAYOUTS[1:]
 _TOKEN = {"activation_bits": 8, "activation": "token", "kv_bits": None}
 _W8A8 = {"bits": 8, "group_size": None, "symmetric": True} | _TOKEN
-_W4 = {"bits": 4, "group_size": 64}
-_W3 = {"bits": 3, "group_size": 64}
 _ORDER = {"order": "activation"}
-_QOQ = {"method": "qoq", "group_size": 64}
 
 #: What the guide chooses from. Groups are of 128 inputs where speed was measured, of 64 where loss was: 128 does not divide the
-#: linears of the small model.
+#: linears of the small model. SmoothQuant takes the strength that its paper takes for Llama, as the matrix does.
 OPTIONS: tuple[Option, ...] = (
-    Option("FP16", None, {}, ("weight_only_smollm2", {"method": "dense"}), "fp16", layouts=LAYOUTS[1:]),
-    Option("RTN W8A16", "rtn", {"bits": 8}, ("weight_only_smollm2", {"method": "rtn", "bits": 8, "group_size": 64}),
-           layouts=(_CT, _GPTQ)),
-    Option("RTN W4A16", "rtn", {}, ("weight_only_smollm2", {"method": "rtn", "search": "none", "symmetric": False} | _W4),
-           "w4a16", layouts=(_CT, _GPTQ, _AWQ)),
-    Option("HQQ W4A16", "hqq", {}, ("hqq_smollm2", {"method": "hqq", "axis": 1} | _W4)),
-    Option("GPTQ W4A16", "gptq", _ORDER, ("weight_only_smollm2", {"method": "gptq"} | _W4 | _ORDER), "w4a16",
-           layouts=(_CT, _GPTQ, _AWQ)),
-    Option("AWQ W4A16", "awq", {}, ("awq_smollm2", {"alphas": 20, "duo_scaling": False, "clip": True} | _W4), "w4a16",
-           layouts=(_CT, _GPTQ, _AWQ)),
-    Option("QuIP W4A16", "quip", {"bits": 4}, ("quip_smollm2", {"method": "quip", "bits": 4})),
-    Option("AWQ W3A16", "awq", {"bits": 3}, ("awq_smollm2", {"alphas": 20, "duo_scaling": False, "clip": True} | _W3),
-           layouts=(_CT, _GPTQ)),
-    Option("GPTQ W3A16", "gptq", {"bits": 3} | _ORDER, ("weight_only_smollm2", {"method": "gptq"} | _W3 | _ORDER),
-           layouts=(_CT, _GPTQ)),
-    Option("QuIP W3A16", "quip", {"bits": 3}, ("quip_smollm2", {"method": "quip", "bits": 3})),
-    Option("QuIP W2A16", "quip", {}, ("quip_smollm2", {"bits": 2, "passes": 1, "rotate": True, "grid_range": "gaussian"})),
-    Option("RTN W8A8", "rtn", _W8A8, ("smoothquant_smollm2", {"method": "rtn"} | _W8A8), "w8a8", _GPUS, (_CT,)),
-    Option("SmoothQuant W8A8", "smoothquant", {},
-           ("smoothquant_smollm2", {"granularity": "channel", "alpha": 0.5, "folds": "norms"} | _TOKEN), "w8a8", _GPUS, (_CT,)),
+    Option("FP16", None, {}, "fp", "fp16", layouts=LAYOUTS[1:]),
+    Option("RTN W8A16", "rtn", {"bits": 8}, "rtn_w8_g64", layouts=(_CT, _GPTQ)),
+    Option("RTN W4A16", "rtn", {}, "rtn_w4_g64", "w4a16", layouts=(_CT, _GPTQ, _AWQ)),
+    Option("HQQ W4A16", "hqq", {}, "hqq_w4_g64"),
+    Option("GPTQ W4A16", "gptq", _ORDER, "gptq_w4_g64", "w4a16", layouts=(_CT, _GPTQ, _AWQ)),
+    Option("AWQ W4A16", "awq", {}, "awq_w4_g64", "w4a16", layouts=(_CT, _GPTQ, _AWQ)),
+    Option("QuIP W4A16", "quip", {"bits": 4}, "quip_w4"),
+    Option("AWQ W3A16", "awq", {"bits": 3}, "awq_w3_g64", layouts=(_CT, _GPTQ)),
+    Option("GPTQ W3A16", "gptq", {"bits": 3} | _ORDER, "gptq_w3_g64", layouts=(_CT, _GPTQ)),
+    Option("QuIP W3A16", "quip", {"bits": 3}, "quip_w3"),
+    Option("QuIP W2A16", "quip", {}, "quip_w2"),
+    Option("RTN W8A8", "rtn", _W8A8, "rtn_w8a8", "w8a8", _GPUS, (_CT,)),
+    Option("SmoothQuant W8A8", "smoothquant", {"alpha": 0.8}, "smoothquant_w8a8", "w8a8", _GPUS, (_CT,)),
     Option("QuaRot W8A8", "quarot", {"bits": 8} | _TOKEN,
            ("quarot_smollm2", {"name": "W8A8", "method": "quarot", "rounding": "gptq"}), None, _GPUS),
-    Option("FP8", "fp8", {},
-           ("fp8_smollm2", {"name": "FP8", "granularity": "channel", "activation": "token"}), "fp8", ("hopper",), (_CT,)),
-    Option("QQQ W4A8", "qqq", {}, ("qqq_smollm2", {"name": "KV16", "method": "qqq", "group_size": 64, "move": "smooth"}), None,
-           _GPUS),
-    Option("QoQ W4A8", "qoq", {"kv_bits": None}, ("qoq_smollm2", {"name": "KV16"} | _QOQ), "w4a8", _GPUS, (_QSERVE,)),
-    Option("QoQ W4A8KV4", "qoq", {}, ("qoq_smollm2", {"name": "KV4"} | _QOQ), "w4a8kv4", _GPUS, (_QSERVE,)),
+    Option("FP8", "fp8", {}, "fp8_channel_token", "fp8", ("hopper",), (_CT,)),
+    Option("QQQ W4A8", "qqq", {}, "qqq_w4a8_g64", None, _GPUS),
+    Option("QoQ W4A8", "qoq", {"kv_bits": None}, ("qoq_smollm2", {"name": "KV16", "method": "qoq", "group_size": 64}), "w4a8",
+           _GPUS, (_QSERVE,)),
+    Option("QoQ W4A8KV4", "qoq", {}, "qoq_w4a8kv4_g64", "w4a8kv4", _GPUS, (_QSERVE,)),
     Option("QuaRot W4A4", "quarot", {"kv_bits": None}, ("quarot_smollm2", {"name": "W4A4", "method": "quarot", "rounding": "gptq"}),
            hardware=()),
     Option("SpinQuant W4A4", "spinquant", {"kv_bits": None},
@@ -129,12 +122,22 @@ OPTIONS: tuple[Option, ...] = (
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """Loss of an option in nats a token against the dense model, paired; its standard error; bits of a weight; whence."""
+    """Loss of an option, and what else was measured with it.
+
+    Attributes:
+        loss: nats a token of ``sotu`` more than the dense model, paired by window.
+        stderr: its standard error.
+        bits: of a weight.
+        source: whence.
+        other: the row of the matrix, with the columns of :meth:`lqedu.book.matrix.Matrix.summary`: another text, tasks. Evidence
+            that decides nothing here; ``None`` where the matrix has no such row.
+    """
 
     loss: float
     stderr: float
     bits: float
     source: str
+    other: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def at_most(self) -> float:
@@ -142,24 +145,34 @@ class MeasuredLoss:
         return self.loss + 2 * self.stderr
 
 
-@cache
-def _file(stem: str) -> dict[str, Any]:
-    return results(stem)
-
-
 def quality(option: Option) -> MeasuredLoss:
     """Loss of an option. The only function here that knows where losses are recorded.
 
     Raises:
-        UsageError: no row of the result file is this option's, or several are.
+        UsageError: the matrix has no such row; or no row of the result file is this option's, or several are.
     """
+    if isinstance(option.evidence, str):
+        row = _bench_row(option.evidence)
+        bits = 16.0 if option.method is None else row["bits_per_weight"]
+        source = f"matrix/{slug(MODEL)}/{option.evidence}: sotu"
+        return MeasuredLoss(row["sotu_delta"], row["sotu_delta_stderr"], bits, source, row)
     stem, where = option.evidence
     rows = _rows(stem, tuple(where.items()))
     if len(rows) != 1:
         raise UsageError(f"{stem} must hold one row of {option.name}, with {where}; it holds {len(rows)}")
     (row,) = rows
-    bits = 16.0 if option.method is None else row["bits_per_weight"]
-    return MeasuredLoss(row["delta_nll"], row["delta_stderr"], bits, f"{stem}: {_say(where)}")
+    return MeasuredLoss(row["delta_nll"], row["delta_stderr"], row["bits_per_weight"], f"{stem}: {_say(where)}")
+
+
+@cache
+def _bench_row(name: str) -> dict[str, Any]:
+    rows = dict.fromkeys((DENSE, name))  # rows whose kernel was mended were measured again, by a later commit
+    return read_matrix(MODEL, rows=rows, same_commit=False).summary()[-1]
+
+
+@cache
+def _file(stem: str) -> dict[str, Any]:
+    return results(stem)
 
 
 @cache

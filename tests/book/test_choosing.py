@@ -1,16 +1,19 @@
 """The guide: every answer stands on a row, no limit that is loosened takes a candidate away, nobody dominated is recommended."""
 
 import itertools
+import math
+import statistics
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
+from lqedu import methods
 from lqedu.book.choosing import (
     EFFORTS,
     HARDWARE,
     LAYOUTS,
     OPTIONS,
-    Option,
     Situation,
     candidates,
     estimate,
@@ -20,7 +23,8 @@ from lqedu.book.choosing import (
     quality,
     recommend,
 )  # fmt: skip
-from lqedu.book.results import results
+from lqedu.book.matrix import ROWS
+from lqedu.book.results import read_result, result_folders, results
 from lqedu.checkpoint.exporting import TABLE
 from lqedu.errors import UsageError
 from lqedu.evaluation.random_models import FORMATS, SHAPES
@@ -42,20 +46,80 @@ def _names(estimates):
 
 def test_losses_are_those_of_the_result_files():
     for option in OPTIONS:
-        got, (stem, _) = quality(option), option.evidence
-        rows = [r for r in results(stem)["values"] if r.get("delta_nll") == got.loss]
-        assert rows and {r["delta_stderr"] for r in rows} == {got.stderr} and got.source.startswith(stem)
-        assert got.at_most >= got.loss
-        if option.method is not None:
-            assert rows[0].get("method", rows[0].get("name")) in (option.method, None)
-            assert rows[0]["bits_per_weight"] == got.bits < 9
+        got = quality(option)
+        assert got.at_most >= got.loss and (option.method is None or got.bits < 9)
+        if isinstance(option.evidence, str):
+            assert got.source == f"matrix/smollm2_135m/{option.evidence}: sotu"
+            moved = [a - b for a, b in zip(_windows(option.evidence), _windows("fp"), strict=True)]
+            assert got.loss == pytest.approx(statistics.fmean(moved), abs=1e-12)
+            assert got.stderr == pytest.approx(statistics.stdev(moved) / math.sqrt(len(moved)), abs=1e-12)
+            assert got.other["method"] == (option.method or "dense") and got.other["sotu_delta"] == got.loss
+        else:
+            stem, where = option.evidence
+            (row,) = [r for r in results(stem)["values"] if where.items() <= r.items()]
+            assert (row["delta_nll"], row["delta_stderr"], row["bits_per_weight"]) == (got.loss, got.stderr, got.bits)
+            assert got.source.startswith(stem) and got.other is None
 
 
-def test_an_option_without_one_row_is_refused():
-    with pytest.raises(UsageError, match="must hold one row of nobody"):
-        quality(Option("nobody", "rtn", {}, ("weight_only_smollm2", {"method": "rtn"})))
-    with pytest.raises(UsageError, match="it holds 0"):
-        quality(Option("nobody", "rtn", {}, ("weight_only_smollm2", {"method": "no such"})))
+@cache
+def _row_file(name):
+    (place,) = [
+        p for folder in result_folders()[:1] if (p := folder / "matrix" / "smollm2_135m" / f"{name}.json").is_file()
+    ]
+    return read_result(place)
+
+
+def _windows(name):
+    (line,) = [line for line in _row_file(name)["values"] if line["name"] == "sotu"]
+    return line["samples"]
+
+
+def test_a_row_of_the_matrix_has_the_settings_of_its_option():
+    """All but the group: the small model takes 64, larger ones 128. Options that name a file have settings of no row."""
+    rows = {name: _row_file(name)["configuration"] for name in ROWS}
+    for option in OPTIONS:
+        if option.method is None:
+            assert option.evidence == "fp"
+            continue
+        mine = dict(methods.build(option.method, option.settings).options())
+        if mine.get("group_size") is not None:
+            mine["group_size"] = 64
+        same = [name for name, about in rows.items() if about["method"] == option.method and about["options"] == mine]
+        assert same == ([option.evidence] if isinstance(option.evidence, str) else []), option.name
+
+
+#: The rows with the settings of an option in the methods' own result files, which chapters 04 to 16 show.
+OWN_FILES = {
+    "RTN W8A16": ("weight_only_smollm2", {"method": "rtn", "bits": 8, "group_size": 64}),
+    "RTN W4A16": ("weight_only_smollm2", {"method": "rtn", "search": "none", "symmetric": False, "bits": 4, "group_size": 64}),
+    "HQQ W4A16": ("hqq_smollm2", {"method": "hqq", "axis": 1, "bits": 4, "group_size": 64}),
+    "GPTQ W4A16": ("weight_only_smollm2", {"method": "gptq", "bits": 4, "group_size": 64, "order": "activation"}),
+    "AWQ W4A16": ("awq_smollm2", {"alphas": 20, "duo_scaling": False, "clip": True, "bits": 4, "group_size": 64}),
+    "QuIP W4A16": ("quip_smollm2", {"method": "quip", "bits": 4}),
+    "AWQ W3A16": ("awq_smollm2", {"alphas": 20, "duo_scaling": False, "clip": True, "bits": 3, "group_size": 64}),
+    "GPTQ W3A16": ("weight_only_smollm2", {"method": "gptq", "bits": 3, "group_size": 64, "order": "activation"}),
+    "QuIP W3A16": ("quip_smollm2", {"method": "quip", "bits": 3}),
+    "QuIP W2A16": ("quip_smollm2", {"bits": 2, "passes": 1, "rotate": True, "grid_range": "gaussian"}),
+    "RTN W8A8": ("smoothquant_smollm2", {"method": "rtn", "bits": 8, "symmetric": True, "activation": "token", "activation_bits": 8}),
+    "SmoothQuant W8A8": ("smoothquant_smollm2", {"granularity": "channel", "alpha": 0.8, "folds": "norms", "activation": "token",
+                                                 "activation_bits": 8}),
+    "FP8": ("fp8_smollm2", {"name": "FP8", "granularity": "channel", "activation": "token"}),
+    "QQQ W4A8": ("qqq_smollm2", {"name": "KV16", "method": "qqq", "group_size": 64, "move": "smooth"}),
+    "QoQ W4A8KV4": ("qoq_smollm2", {"name": "KV4", "method": "qoq", "group_size": 64}),
+}  # fmt: skip
+
+
+def test_the_matrix_says_what_the_chapters_said():
+    """Two measurements of one quantity: by the bench of all methods, and by each method's own script at another commit."""
+    assert set(OWN_FILES) == {o.name for o in OPTIONS if o.method and isinstance(o.evidence, str)}
+    for option in OPTIONS:
+        if option.name in OWN_FILES:
+            stem, where = OWN_FILES[option.name]
+            (row,) = [r for r in results(stem)["values"] if where.items() <= r.items()]
+            got = quality(option)
+            assert abs(got.loss - row["delta_nll"]) < 0.01 * got.stderr, option.name
+            assert got.stderr == pytest.approx(row["delta_stderr"], rel=1e-4)
+            assert got.bits == row["bits_per_weight"]
 
 
 def test_memory_is_what_was_recorded():

@@ -8,7 +8,7 @@ const COLOURS = ["blue", "red", "green", "purple", "orange", "sky", "grey"];
 const SHAPES = [
   (x, y) => `M${x - 5},${y}a5,5 0 1,0 10,0a5,5 0 1,0 -10,0`, (x, y) => `M${x - 5},${y - 5}h10v10h-10z`,
   (x, y) => `M${x},${y - 6}L${x + 6},${y + 5}H${x - 6}z`, (x, y) => `M${x},${y - 7}L${x + 6},${y}L${x},${y + 7}L${x - 6},${y}z`,
-  (x, y) => `M${x},${y + 6}L${x + 6},${y - 5}H${x - 6}z`,
+  (x, y) => `M${x},${y + 6}L${x + 6},${y - 5}H${x - 6}z`, (x, y) => `M${x - 2},${y - 6}h4v4h4v4h-4v4h-4v-4h-4v-4h4z`,
 ];
 
 /** The points, who dominates whom, the front from its best x on, what is above the picture, and which rows have no number. */
@@ -51,7 +51,7 @@ function scaleOf(values, [low, high], log, most = Infinity) {
 
 const styles = (rows) => {
   const methods = [...new Set(rows.map((r) => r.method))];
-  return Object.fromEntries(methods.map((m, i) => [m, { colour: `c-${COLOURS[i % 7]}`, line: `s-${COLOURS[i % 7]}`, shape: SHAPES[i % 5] }]));
+  return Object.fromEntries(methods.map((m, i) => [m, { colour: `c-${COLOURS[i % 7]}`, line: `s-${COLOURS[i % 7]}`, shape: SHAPES[i % 6] }]));
 };
 const shown = (key, v) => (key.endsWith("acc_norm") ? `${(100 * v).toFixed(1)} %` : key.startsWith("tokens") ? Math.round(v).toLocaleString("en-US") : fmt(v, 4));
 
@@ -89,7 +89,7 @@ function draw(root, width, height, { rows, dense, qualities, axes, quality, x: k
   root.append(svg("path", { fill: "none", stroke: "currentColor", "stroke-width": 1.5, d: `${stairs.join("")}H${across.less ? right : left}` }));
   for (const p of [...r.points].sort((a, b) => a.front - b.front)) {
     const { colour, line, shape } = style[p.method], d = shape(p.px, p.py);
-    root.append(svg("path", p.front ? { class: colour, d } : { class: colour, "fill-opacity": 0.35, d }));
+    root.append(svg("path", { class: p.front ? colour : line, d }));
     if (p.above) root.append(svg("path", { class: line, d: `M${p.px},${top - 8}v-9m-3.5,3.5l3.5,-3.5l3.5,3.5` }));
   }
   const mine = at[row];
@@ -159,7 +159,7 @@ export default {
     view.node.addEventListener("click", (event) => pick(event, 24));
     const style = styles(fixed.rows), mark = (d, attributes) => svg("svg", { viewBox: "0 0 14 14", "aria-hidden": "true" }, svg("path", { ...attributes, d }));
     const key = h("ul", { class: "legend" }, Object.entries(style).map(([name, { colour, shape }]) => h("li", {}, mark(shape(7, 7), { class: colour }), name)),
-      h("li", {}, mark("M1,1V7H8V12H14", { fill: "none", stroke: "currentColor", "stroke-width": 1.5 }), "front; full colour: on it"));
+      h("li", {}, mark("M1,1V7H8V12H14", { fill: "none", stroke: "currentColor", "stroke-width": 1.5 }), "front; filled: on it"));
     const live = liveRegion(), missing = h("details");
     live.node.style.whiteSpace = "pre-line";
     el.append(controls(...Object.values(items)), view.node, key, live.node, missing);

@@ -26,6 +26,11 @@ def _matrix() -> Matrix:
 
 
 @cache
+def _numbers() -> dict:
+    return {row["name"]: row for row in _matrix().summary()}
+
+
+@cache
 def _data() -> dict:
     return pareto_data(_matrix())
 
@@ -70,7 +75,7 @@ def test_what_is_no_point_is_refused(bad) -> None:
 
 
 def test_every_row_has_its_numbers_or_says_why_not() -> None:
-    numbers = {row["name"]: row for row in _matrix().summary()}
+    numbers = _numbers()
     assert [row["name"] for row in _data()["rows"]] == [name for name in numbers if name != "fp"]
     for row in _data()["rows"]:
         mine = numbers[row["name"]]
@@ -107,7 +112,7 @@ def test_a_table_without_the_dense_model_is_refused() -> None:
 
 
 def test_fronts_equal_python() -> None:
-    numbers = {row["name"]: row for row in _matrix().summary()}
+    numbers = _numbers()
     kinds = {row["name"]: row["kind"] for row in _data()["rows"]}
     settings = list(itertools.product(QUALITIES, AXES, KINDS))
     inputs = [_data() | {"quality": quality, "x": x, "kind": kind} for quality, x, kind in settings]

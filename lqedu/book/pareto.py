@@ -1,6 +1,7 @@
-"""Which rows of a table nobody beats in two numbers at once, and the data of the picture that shows it; ``22-side-by-side``.
+"""Rows that nobody beats in two numbers at once, and the data of the picture that shows them; ``22-side-by-side``.
 
-``lqedu/viz/pareto.mjs`` draws what :func:`pareto_data` gives it, and finds the front as :func:`pareto_front` does. Needs no torch.
+``lqedu/viz/pareto.mjs`` draws what :func:`pareto_data` gives it, and finds the front as :func:`pareto_front` does.
+Needs no torch.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 from lqedu.book.matrix import BATCHES, DENSE, TASKS, TEXTS, Matrix
 from lqedu.errors import UsageError
 
-#: What may stand on the vertical axis, by its key in :meth:`~lqedu.book.matrix.Matrix.summary`; ``less``: less is better.
+#: What may stand on the vertical axis, by its key in :meth:`~lqedu.book.matrix.Matrix.summary`; ``less`` is better or not.
 QUALITIES: dict[str, dict[str, Any]] = {
     **{f"{text}_ppl": {"label": f"{title} perplexity", "less": True, "log": True} for text, title in TEXTS.items()},
     "mean_acc_norm": {"label": "mean accuracy of the tasks", "less": False, "log": False},
@@ -31,11 +32,11 @@ _PARTS = {"bits_per_weight": "storage", "quantize_seconds": "quantize"} | dict.f
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points that no other point dominates, in increasing order; chapter ``22-side-by-side`` derives it.
+    """Positions of the points that no other point dominates, in increasing order; ``22-side-by-side`` derives it.
 
-    A point dominates another if it is not larger in either coordinate and smaller in at least one. So points that are equal in
-    both coordinates do not dominate each other: all of them are kept, or none. Of points that are equal in one coordinate only,
-    the one that is smaller in the other is kept at most. Infinities compare as numbers do.
+    A point dominates another if it is not larger in either coordinate and smaller in at least one. So points that are
+    equal in both coordinates do not dominate each other: all of them are kept, or none. Of points that are equal in one
+    coordinate only, the one that is smaller in the other is kept at most. Infinities compare as numbers do.
 
     Args:
         points: less is better in both coordinates; negate one in which more is better.
@@ -81,22 +82,26 @@ def signed(row: dict[str, Any], x: str, quality: str) -> tuple[float, float]:
 def pareto_data(matrix: Matrix) -> dict[str, Any]:
     """What the explorer ``pareto`` draws: the rows of a table with their numbers, and why a number is missing.
 
-    The starting values of the controls are the page's to choose: ``quality`` and ``x`` (keys of :data:`QUALITIES` and :data:`AXES`),
-    ``kind`` (``"all"``, ``"weights"`` or ``"both"``) and ``row``, the name of the row that is described at first.
+    A page shows it with ``lqedu.viz.explorer("pareto", pareto_data(matrix) | {"row": "gptq_w4_g64"}, title=…)``.
 
     Args:
         matrix: with the row of the dense model.
 
     Returns:
-        ``rows``: name, title, method (the first word of its title), kind (``"weights"``, or ``"both"`` where inputs are quantized as
-        well), values by key, moved (quality -> difference to the dense model and its paired standard error; in nats for a
-        perplexity), why (key -> reason). ``dense``: values of the dense model, without its bits. ``qualities``, ``axes``: the choices.
+        ``rows``: name, title, method (the first word of its title), kind (``"weights"``, or ``"both"`` where inputs are
+        quantized as well), values by key, moved (quality -> difference to the dense model and its paired standard error;
+        in nats for a perplexity), why (key -> reason). ``dense``: values of the dense model, without its bits.
+        ``qualities``, ``axes``: the choices. Then the starting values of the controls, which a page may replace:
+        ``quality`` and ``x`` (keys of :data:`QUALITIES` and :data:`AXES`), ``kind`` (``"all"``, ``"weights"`` or
+        ``"both"``) and ``row``, the name of the row that is described.
 
     Raises:
-        UsageError: the table lacks the dense model.
+        UsageError: the table lacks the dense model, or has nothing else.
     """
-    if DENSE not in matrix.files:
-        raise UsageError(f"the picture compares with the dense model; read the table with its row {DENSE}")
+    if DENSE not in matrix.files or len(matrix.files) == 1:
+        raise UsageError(
+            f"the picture compares rows with the dense model; read the table with its row {DENSE} and others"
+        )
     numbers = {row["name"]: row for row in matrix.summary()}
     keys = [*QUALITIES, *AXES]
 
@@ -119,7 +124,8 @@ def pareto_data(matrix: Matrix) -> dict[str, Any]:
     ]
     dense = {key: numbers[DENSE][key] for key in keys if numbers[DENSE][key] is not None}
     dense.pop("bits_per_weight", None)  # of the data type in which it was measured, not of what a server would store
-    return {"rows": rows, "dense": dense, "qualities": QUALITIES, "axes": AXES}
+    start = {"quality": "wikitext2_ppl", "x": "bits_per_weight", "kind": "all", "row": rows[0]["name"]}
+    return {"rows": rows, "dense": dense, "qualities": QUALITIES, "axes": AXES} | start
 
 
 def _why(matrix: Matrix, name: str, key: str) -> str:

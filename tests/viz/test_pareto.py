@@ -1,4 +1,4 @@
-"""The front that nobody dominates: against its definition, and the explorer of chapter 22, which finds the same one and moves."""
+"""The front that nobody dominates, against its definition; the explorer of chapter 22, which finds the same one."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from lqedu.book.pareto import AXES, QUALITIES, pareto_data, pareto_front, signed
 from lqedu.errors import UsageError
 from tests.viz.js import assert_every_control_matters, compute, explorer_page, picture
 
-START = {"quality": "wikitext2_ppl", "x": "bits_per_weight", "kind": "all", "row": "gptq_w4_g64"}
+START = {"row": "gptq_w4_g64"}
 KINDS = ("all", "weights", "both")
 FEW = st.lists(st.tuples(*2 * [st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, math.inf, -math.inf])]), max_size=12)
 MANY = st.lists(st.tuples(*2 * [st.floats(allow_nan=False)]), max_size=30)
@@ -103,9 +103,16 @@ def test_reasons_are_those_of_the_files() -> None:
     assert set(row["why"].values()) == {"too large"} and not row["values"]
 
 
-def test_a_table_without_the_dense_model_is_refused() -> None:
-    with pytest.raises(UsageError, match="read the table with its row fp"):
-        pareto_data(Matrix("tiny", {"rtn_w3_g64": _matrix().files["rtn_w3_g64"]}))
+@pytest.mark.parametrize("name", ["rtn_w3_g64", "fp"])
+def test_a_table_without_the_dense_model_or_without_others_is_refused(name) -> None:
+    with pytest.raises(UsageError, match="read the table with its row fp and others"):
+        pareto_data(Matrix("tiny", {name: _matrix().files[name]}))
+
+
+def test_the_data_start_the_explorer_without_more() -> None:
+    assert {key: _data()[key] for key in ("quality", "x", "kind", "row")} == {
+        "quality": "wikitext2_ppl", "x": "bits_per_weight", "kind": "all", "row": "rtn_w8_g64",
+    }  # fmt: skip
 
 
 # --- the explorer -----------------------------------------------------------------------------------------------------

@@ -11,13 +11,16 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from lqedu.book.matrix import DENSE, read_matrix, slug
 from lqedu.book.results import result_folders, results
 from lqedu.errors import UsageError
 
+MODEL = "smollm2-135m"  #: whose losses stand beside the published ones
+_BENCH = f"matrix/{slug(MODEL)}"
 COLUMNS = ("method", "model", "setting", "metric", "value", "fp16_value", "source")
 PERPLEXITIES = {"wikitext2_ppl": "WikiText-2", "c4_ppl": "C4"}
 ACCURACIES = ("zeroshot_avg", "lambada_acc", "hellaswag_acc", "winogrande_acc", "piqa_acc", "mmlu_acc", "arc_c_acc",
@@ -327,82 +330,95 @@ class Pair:
         method: as in ``published.csv``.
         setting: short, of the published side; groups of 128 there are groups of 64 here.
         settings: what the sources call it, exactly.
-        file: stem of our result file.
-        ours: entries of the one row of that file.
+        ours: a row of the matrix of all methods (``lqedu.book.matrix.ROWS``); or where that has none so near, the stem of another
+            result file and entries of the one row there.
         protocol: of the published rows.
     """
 
     method: str
     setting: str
     settings: tuple[str, ...]
-    file: str
-    ours: Mapping[str, Any]
+    ours: str | tuple[str, Mapping[str, Any]]
     protocol: str = WINDOWS_2048
 
     @property
     def label(self) -> str:
         return f"{self.method} {self.setting}"
 
+    @property
+    def text(self) -> str:
+        """Where ours is compared: on the text and in the windows of the sources if the matrix has it, else on ``sotu``.
 
-def _weights(method: str, bits: int, *settings: str, file: str = "weight_only_smollm2", **ours: Any) -> Pair:
-    return Pair(
-        method, f"W{bits} g128", settings, file, {"method": method.lower(), "bits": bits, "group_size": 64} | ours
-    )
+        All strided pairs stay on ``sotu``, so that a comparison among them is of one text.
+        """
+        return "wikitext2" if isinstance(self.ours, str) and self.protocol == WINDOWS_2048 else "sotu"
 
 
-_AWQ = {"file": "awq_smollm2", "alphas": 20, "duo_scaling": False, "clip": True}
 _QUAROT = {"method": "quarot", "rounding": "gptq", "activation_clip": 0.9, "kv_clip": 0.95, "seed": 0}
 _SPIN = {"method": "spinquant", "steps": 100, "online": True}
-_QQQ = {"name": "KV16", "method": "qqq", "move": "smooth", "search": "auto"}
 _STRIDE = "[eval: HQQ protocol, windows of 1024, stride 512]"
 _HQQ = "axis=0, 8-bit scales(g128)+zeros " + _STRIDE
-_GPTQ_FILE = {"order": "activation", "search": "none"}
+_NATURAL = {"method": "gptq", "group_size": 64, "order": "natural"}
 
 #: Every method of the book with a published perplexity of a Llama, and what we measured that is nearest to it.
 PAIRS: tuple[Pair, ...] = (
-    _weights("RTN", 4, "W4A16g128", symmetric=False, search="none"),
-    _weights("RTN", 3, "W3A16g128", symmetric=False, search="none"),
-    Pair("RTN", "W4", ("W4A16KV16",), "weight_only_smollm2", {"method": "rtn", "bits": 4, "symmetric": True}),
-    _weights("GPTQ", 4, "W4A16g128", "W4A16g128 (GPTQ-R)", **_GPTQ_FILE),
-    _weights("GPTQ", 3, "W3A16g128", "W3A16g128 (GPTQ-R)", **_GPTQ_FILE),
-    Pair("GPTQ", "W4", ("W4A16KV16",), "weight_only_smollm2", {"method": "gptq", "bits": 4, "group_size": None} | _GPTQ_FILE),
-    _weights("AWQ", 4, "W4A16g128", **_AWQ),
-    _weights("AWQ", 3, "W3A16g128", **_AWQ),
-    Pair("SmoothQuant", "W8A8", ("W8A8", "W8A8 alpha=0.85", "W8A8 alpha=0.8"), "smoothquant_smollm2",
-         {"method": "smoothquant", "activation_bits": 8, "activation": "token", "granularity": "channel", "alpha": 0.8, "folds": "norms"}),
-    Pair("RTN", "W4A4", ("W4A4KV16",), "quarot_smollm2", {"name": "W4A4", "method": "rtn"}),
-    Pair("RTN", "W4A4KV4", ("W4A4KV4",), "quarot_smollm2", {"name": "W4A4KV4", "method": "rtn"}),
-    Pair("QuaRot", "W4A4", ("W4A4", "W4A4KV16"), "quarot_smollm2", {"name": "W4A4"} | _QUAROT),
-    Pair("QuaRot", "W4A4KV4", ("W4A4KV4",), "quarot_smollm2", {"name": "W4A4KV4"} | _QUAROT),
-    Pair("SpinQuant", "W4A4", ("W4A4KV16", "W4A4 (calibrated on WikiText-2)"), "spinquant_smollm2", {"name": "W4A4"} | _SPIN),
-    Pair("SpinQuant", "W4A4KV4", ("W4A4KV4",), "spinquant_smollm2", {"name": "W4A4KV4"} | _SPIN),
-    Pair("QQQ", "W4A8", ("W4A8 per-channel",), "qqq_smollm2", _QQQ | {"group_size": None}),
-    Pair("QQQ", "W4A8 g128", ("W4A8g128",), "qqq_smollm2", _QQQ | {"group_size": 64}),
-    Pair("QoQ", "W4A8KV4", ("W4A8KV4 per-channel",), "qoq_smollm2", {"name": "KV4", "method": "qoq", "group_size": None}),
-    Pair("QoQ", "W4A8KV4 g128", ("W4A8KV4g128",), "qoq_smollm2", {"name": "KV4", "method": "qoq", "group_size": 64}),
+    Pair("RTN", "W4 g128", ("W4A16g128",), "rtn_w4_g64"),
+    Pair("RTN", "W3 g128", ("W3A16g128",), "rtn_w3_g64"),
+    Pair("RTN", "W4", ("W4A16KV16",), "rtn_w4_channel"),
+    Pair("GPTQ", "W4 g128", ("W4A16g128", "W4A16g128 (GPTQ-R)"), "gptq_w4_g64"),
+    Pair("GPTQ", "W3 g128", ("W3A16g128", "W3A16g128 (GPTQ-R)"), "gptq_w3_g64"),
+    Pair("GPTQ", "W4", ("W4A16KV16",), "gptq_w4_channel"),
+    Pair("AWQ", "W4 g128", ("W4A16g128",), "awq_w4_g64"),
+    Pair("AWQ", "W3 g128", ("W3A16g128",), "awq_w3_g64"),
+    Pair("SmoothQuant", "W8A8", ("W8A8", "W8A8 alpha=0.85", "W8A8 alpha=0.8"), "smoothquant_w8a8"),
+    Pair("RTN", "W4A4", ("W4A4KV16",), ("quarot_smollm2", {"name": "W4A4", "method": "rtn"})),
+    Pair("RTN", "W4A4KV4", ("W4A4KV4",), "rtn_w4a4kv4"),
+    Pair("QuaRot", "W4A4", ("W4A4", "W4A4KV16"), ("quarot_smollm2", {"name": "W4A4"} | _QUAROT)),
+    Pair("QuaRot", "W4A4KV4", ("W4A4KV4",), "quarot_w4a4kv4"),
+    Pair("SpinQuant", "W4A4", ("W4A4KV16", "W4A4 (calibrated on WikiText-2)"), ("spinquant_smollm2", {"name": "W4A4"} | _SPIN)),
+    Pair("SpinQuant", "W4A4KV4", ("W4A4KV4",), "spinquant_w4a4kv4"),
+    Pair("QQQ", "W4A8", ("W4A8 per-channel",), "qqq_w4a8_channel"),
+    Pair("QQQ", "W4A8 g128", ("W4A8g128",), "qqq_w4a8_g64"),
+    Pair("QoQ", "W4A8KV4", ("W4A8KV4 per-channel",), "qoq_w4a8kv4_channel"),
+    Pair("QoQ", "W4A8KV4 g128", ("W4A8KV4g128",), "qoq_w4a8kv4_g64"),
 )  # fmt: skip
 
 #: The same within the protocol in which HQQ is published, with groups of 64 on both sides.
 STRIDED_PAIRS: tuple[Pair, ...] = (
-    Pair("HQQ", "W8 g64", (f"W8A16g64 {_HQQ}",), "hqq_smollm2", {"method": "hqq", "bits": 8}, STRIDED),
-    Pair("HQQ", "W4 g64", (f"W4A16g64 {_HQQ}",), "hqq_smollm2", {"method": "hqq", "bits": 4, "axis": 0}, STRIDED),
-    Pair("HQQ", "W3 g64", (f"W3A16g64 {_HQQ}",), "hqq_smollm2", {"method": "hqq", "bits": 3, "axis": 0}, STRIDED),
-    Pair("AWQ", "W4 g64", (f"W4A16g64 {_STRIDE}",), "awq_smollm2",
-         {"method": "awq", "bits": 4, "alphas": 20, "duo_scaling": False, "clip": True}, STRIDED),
-    Pair("GPTQ", "W4 g64", (f"W4A16g64 sym no act-order {_STRIDE}",), "weight_only_smollm2",
-         {"method": "gptq", "bits": 4, "group_size": 64, "order": "natural"}, STRIDED),
-    Pair("GPTQ", "W3 g64", (f"W3A16g64 sym no act-order {_STRIDE}",), "weight_only_smollm2",
-         {"method": "gptq", "bits": 3, "group_size": 64, "order": "natural"}, STRIDED),
+    Pair("HQQ", "W8 g64", (f"W8A16g64 {_HQQ}",), "hqq_w8_g64", STRIDED),
+    Pair("HQQ", "W4 g64", (f"W4A16g64 {_HQQ}",), ("hqq_smollm2", {"method": "hqq", "bits": 4, "axis": 0}), STRIDED),
+    Pair("HQQ", "W3 g64", (f"W3A16g64 {_HQQ}",), ("hqq_smollm2", {"method": "hqq", "bits": 3, "axis": 0}), STRIDED),
+    Pair("AWQ", "W4 g64", (f"W4A16g64 {_STRIDE}",), "awq_w4_g64", STRIDED),
+    Pair("GPTQ", "W4 g64", (f"W4A16g64 sym no act-order {_STRIDE}",), ("weight_only_smollm2", {"bits": 4} | _NATURAL), STRIDED),
+    Pair("GPTQ", "W3 g64", (f"W3A16g64 sym no act-order {_STRIDE}",), ("weight_only_smollm2", {"bits": 3} | _NATURAL), STRIDED),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
+class OurFigure:
+    """What a configuration adds to the loss of SmolLM2-135M.
+
+    Attributes:
+        delta_nll, stderr: nats a token, paired by window, and the standard error.
+        text: "wikitext2", the full test text in windows of 2,048; or "sotu", 256 windows of 512.
+        settings: of the method, as the result file has them.
+        source: the file.
+    """
+
+    delta_nll: float
+    stderr: float
+    text: str
+    settings: Mapping[str, Any]
+    source: str
+
+
+@dataclass(frozen=True)
 class Compared:
-    """A pair with its numbers: ``theirs`` are the published rows, ``ours`` the row of our result file."""
+    """A pair with its numbers: ``theirs`` are the published rows, ``ours`` is measured on the text of the pair."""
 
     pair: Pair
     theirs: tuple[PublishedFigure, ...]
-    ours: Mapping[str, Any]
+    ours: OurFigure
 
     @property
     def published_nll(self) -> float:
@@ -411,7 +427,7 @@ class Compared:
 
     @property
     def our_nll(self) -> float:
-        return self.ours["delta_nll"]
+        return self.ours.delta_nll
 
 
 def compare(rows: Iterable[PublishedFigure], model: str, pairs: Sequence[Pair] = PAIRS) -> list[Compared]:
@@ -425,14 +441,34 @@ def compare(rows: Iterable[PublishedFigure], model: str, pairs: Sequence[Pair] =
     for pair in pairs:
         theirs = select(of_model, method=pair.method, protocol=pair.protocol, setting=pair.settings)
         if theirs:
-            compared.append(Compared(pair, tuple(theirs), our_row(pair)))
+            compared.append(Compared(pair, tuple(theirs), our_figure(pair)))
     return compared
 
 
-def our_row(pair: Pair) -> Mapping[str, Any]:
-    """The row of our result file that a pair names."""
+def our_figure(pair: Pair, text: str | None = None) -> OurFigure:
+    """Our side of a pair; on another text than the pair's own, if one asks.
+
+    Raises:
+        UsageError: the matrix has no such row; the result file has none or several; or it has another text only.
+    """
+    text = pair.text if text is None else text
+    if isinstance(pair.ours, str):
+        settings, numbers = _bench_row(pair.ours)
+        return OurFigure(
+            numbers[f"{text}_delta"], numbers[f"{text}_delta_stderr"], text, settings, f"{_BENCH}/{pair.ours}"
+        )
+    if text != "sotu":
+        raise UsageError(f"{pair.label} was measured on sotu alone; the matrix has no such row")
+    stem, where = pair.ours
     missing = object()
-    found = [r for r in results(pair.file)["values"] if all(r.get(key, missing) == v for key, v in pair.ours.items())]
+    found = [r for r in results(stem)["values"] if all(r.get(key, missing) == v for key, v in where.items())]
     if len(found) != 1:
-        raise UsageError(f"{pair.file}.json has {len(found)} rows for {pair.label}; one is needed: {dict(pair.ours)}")
-    return found[0]
+        raise UsageError(f"{stem}.json has {len(found)} rows for {pair.label}; one is needed: {dict(where)}")
+    return OurFigure(found[0]["delta_nll"], found[0]["delta_stderr"], text, found[0], stem)
+
+
+@cache
+def _bench_row(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    rows = dict.fromkeys((DENSE, name))  # rows whose kernel was mended were measured again, by a later commit
+    matrix = read_matrix(MODEL, rows=rows, same_commit=False)
+    return matrix.files[name]["configuration"]["options"], matrix.summary()[-1]

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import pytest
 
+from lqedu.book.matrix import read_matrix
 from lqedu.book.published import (
     ACCURACIES,
     COLUMNS,
@@ -19,12 +20,13 @@ from lqedu.book.published import (
     STRIDED_PAIRS,
     WINDOWS_2048,
     Bits,
+    Pair,
     comparable,
     compare,
     coverage,
     decimals,
     disagreements,
-    our_row,
+    our_figure,
     published,
     rank_correlation,
     read_rows,
@@ -187,24 +189,47 @@ def test_rank_correlation_equals_the_textbook_formula_and_handles_ties() -> None
 
 
 def test_every_pair_names_one_row_of_ours_and_a_published_one(rows) -> None:
-    llama = compare(rows, "Llama-2-7B")
-    assert [c.pair for c in llama] == list(PAIRS)
-    assert [c.pair for c in compare(rows, "Llama-2-7B", STRIDED_PAIRS)] == list(STRIDED_PAIRS)
-    for pair in (*PAIRS, *STRIDED_PAIRS):
-        ours = our_row(pair)
-        assert "g128" not in pair.setting or ours["group_size"] == 64
-        dense = next(r for r in results(pair.file)["values"] if r.get("method") == "dense")
-        assert ours["delta_nll"] == pytest.approx(math.log(ours["ppl"] / dense["ppl"]), abs=1e-9)
-    for c in llama:
-        for row in c.theirs:
-            assert row.bits.weights == (c.ours.get("bits") or 4), (c.pair.label, row.setting)
+    llama, strided = compare(rows, "Llama-2-7B"), compare(rows, "Llama-2-7B", STRIDED_PAIRS)
+    assert [c.pair for c in llama] == list(PAIRS) and [c.pair for c in strided] == list(STRIDED_PAIRS)
+    for c in (*llama, *strided):
+        ours = c.ours
+        assert "g128" not in c.pair.setting or ours.settings.get("group_size") == 64
+        assert {row.bits.weights for row in c.theirs} == {ours.settings.get("bits") or 4}, (
+            c.pair.label
+        )  # QoQ and QQQ have 4 only
+        assert (
+            ours.settings.get("method", c.pair.method.lower()) == c.pair.method.lower() and c.our_nll == ours.delta_nll
+        )
+    assert {c.ours.text for c in strided} == {"sotu"}
+    assert {c.pair.label for c in llama if c.ours.text == "sotu"} == {"RTN W4A4", "QuaRot W4A4", "SpinQuant W4A4"}
     assert {c.pair.label for c in compare(rows, "Mistral-7B")} < {p.label for p in PAIRS}
+
+
+def test_our_figures_are_those_of_the_files() -> None:
+    dense = read_matrix("smollm2-135m", rows=["fp"]).summary()[0]
+    for pair in (*PAIRS, *STRIDED_PAIRS):
+        for text in ("sotu", "wikitext2"):
+            if not isinstance(pair.ours, str) and text == "wikitext2":
+                with pytest.raises(UsageError, match="on sotu alone"):
+                    our_figure(pair, text)
+                continue
+            got = our_figure(pair, text)
+            if isinstance(pair.ours, str):
+                mine = read_matrix("smollm2-135m", rows=[pair.ours]).summary()[0]
+                want = math.log(mine[f"{text}_ppl"] / dense[f"{text}_ppl"])
+            else:
+                values = results(pair.ours[0])["values"]
+                (row,) = [r for r in values if pair.ours[1].items() <= r.items()]
+                want = math.log(row["ppl"] / next(r for r in values if r.get("method") == "dense")["ppl"])
+            assert got.delta_nll == pytest.approx(want, abs=1e-6) and 0 < got.stderr < 0.03 and got.text == text
+    with pytest.raises(UsageError, match=r"quarot_smollm2.json has \d+ rows for RTN W4; one is needed"):
+        our_figure(Pair("RTN", "W4", (), ("quarot_smollm2", {"method": "quarot"})))
 
 
 def test_the_order_of_methods_is_that_of_the_papers(rows) -> None:
     for model in ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "Llama-3-8B"):
-        got = compare(rows, model)
-        assert len(got) >= 16
+        got = [c for c in compare(rows, model) if c.ours.text == "wikitext2"]
+        assert len(got) >= 14
         assert rank_correlation([c.published_nll for c in got], [c.our_nll for c in got]) > 0.8
 
 

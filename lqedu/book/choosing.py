@@ -21,7 +21,7 @@ from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
 from lqedu import methods
-from lqedu.book.matrix import DENSE, read_matrix, slug
+from lqedu.book.matrix import row_numbers, slug
 from lqedu.book.results import results
 from lqedu.errors import UsageError
 from lqedu.evaluation.memory import largest_batch, page_bytes, step_bytes, weight_bytes
@@ -152,7 +152,7 @@ def quality(option: Option) -> MeasuredLoss:
         UsageError: the matrix has no such row; or no row of the result file is this option's, or several are.
     """
     if isinstance(option.evidence, str):
-        row = _bench_row(option.evidence)
+        row = row_numbers(MODEL, option.evidence)
         bits = 16.0 if option.method is None else row["bits_per_weight"]
         source = f"matrix/{slug(MODEL)}/{option.evidence}: sotu"
         return MeasuredLoss(row["sotu_delta"], row["sotu_delta_stderr"], bits, source, row)
@@ -162,12 +162,6 @@ def quality(option: Option) -> MeasuredLoss:
         raise UsageError(f"{stem} must hold one row of {option.name}, with {where}; it holds {len(rows)}")
     (row,) = rows
     return MeasuredLoss(row["delta_nll"], row["delta_stderr"], row["bits_per_weight"], f"{stem}: {_say(where)}")
-
-
-@cache
-def _bench_row(name: str) -> dict[str, Any]:
-    rows = dict.fromkeys((DENSE, name))  # rows whose kernel was mended were measured again, by a later commit
-    return read_matrix(MODEL, rows=rows, same_commit=False).summary()[-1]
 
 
 @cache

@@ -11,8 +11,10 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lqedu._statistics import finite, mean_and_error
@@ -210,7 +212,7 @@ class Matrix:
     def summary(self) -> list[dict[str, Any]]:
         """A dict of numbers a row, ``None`` where there is none.
 
-        ``name``, ``title``, ``method``, ``bits``, ``baseline``, ``reason``; ``bits_per_weight``, ``quantize_seconds``, ``peak_bytes``,
+        ``name``, ``title``, ``method``, ``options``, ``bits``, ``baseline``, ``reason``; ``bits_per_weight``, ``quantize_seconds``, ``peak_bytes``,
         ``tokens_per_s_1``, ``tokens_per_s_16``; of a text ``wikitext2_ppl``, ``_nll``, ``_stderr``, ``_delta`` and ``_delta_stderr``
         (NLL less that of the dense model, by window), ``_gain`` and ``_gain_stderr`` (less that of the baseline); of a task
         ``piqa_acc``, ``_acc_stderr``, ``_acc_delta``, ``_acc_delta_stderr``, the same with ``acc_norm``, and ``mean_acc_norm`` and so on
@@ -224,6 +226,7 @@ class Matrix:
             "name": name,
             "title": name if row is None else row.title,
             "method": about["method"],
+            "options": about["options"],
             "bits": about["options"].get("bits"),
             "baseline": about["baseline"],
             "reason": self.reason(name),
@@ -296,6 +299,19 @@ def read_matrix(
         if found := problems(file):
             raise UsageError(f"the row {name} of {model} contradicts itself: {'; '.join(found)}")
     return Matrix(model, files)
+
+
+@cache
+def row_numbers(model: str, name: str) -> Mapping[str, Any]:
+    """One row of :meth:`Matrix.summary`, from its own file and that of the dense model alone: NLL and accuracy against FP.
+
+    A baseline's file is not read, so that ``_gain`` is ``None`` for rows with another baseline than FP. The two files may be of
+    different commits: a row whose kernel was mended is measured again alone.
+
+    Raises:
+        UsageError: as :func:`read_matrix`.
+    """
+    return MappingProxyType(read_matrix(model, rows=dict.fromkeys((DENSE, name)), same_commit=False).summary()[-1])
 
 
 def problems(result: Mapping[str, Any]) -> list[str]:

@@ -11,11 +11,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lqedu.book.matrix import DENSE, read_matrix, slug
+from lqedu.book.matrix import row_numbers, slug
 from lqedu.book.results import result_folders, results
 from lqedu.errors import UsageError
 
@@ -453,9 +453,9 @@ def our_figure(pair: Pair, text: str | None = None) -> OurFigure:
     """
     text = pair.text if text is None else text
     if isinstance(pair.ours, str):
-        settings, numbers = _bench_row(pair.ours)
+        numbers = row_numbers(MODEL, pair.ours)
         return OurFigure(
-            numbers[f"{text}_delta"], numbers[f"{text}_delta_stderr"], text, settings, f"{_BENCH}/{pair.ours}"
+            numbers[f"{text}_delta"], numbers[f"{text}_delta_stderr"], text, numbers["options"], f"{_BENCH}/{pair.ours}"
         )
     if text != "sotu":
         raise UsageError(f"{pair.label} was measured on sotu alone; the matrix has no such row")
@@ -465,10 +465,3 @@ def our_figure(pair: Pair, text: str | None = None) -> OurFigure:
     if len(found) != 1:
         raise UsageError(f"{stem}.json has {len(found)} rows for {pair.label}; one is needed: {dict(where)}")
     return OurFigure(found[0]["delta_nll"], found[0]["delta_stderr"], text, found[0], stem)
-
-
-@cache
-def _bench_row(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    rows = dict.fromkeys((DENSE, name))  # rows whose kernel was mended were measured again, by a later commit
-    matrix = read_matrix(MODEL, rows=rows, same_commit=False)
-    return matrix.files[name]["configuration"]["options"], matrix.summary()[-1]

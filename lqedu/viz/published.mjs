@@ -27,7 +27,7 @@ const SHAPES = [
   (x, y) => `M${x - 5},${y}a5,5 0 1,0 10,0a5,5 0 1,0 -10,0`, (x, y) => `M${x - 5},${y - 5}h10v10h-10z`,
   (x, y) => `M${x},${y - 6}L${x + 6},${y + 5}H${x - 6}z`, (x, y) => `M${x},${y - 7}L${x + 6},${y}L${x},${y + 7}L${x - 6},${y}z`,
 ];
-const shape = (r, method) => SHAPES[(r.methods.indexOf(method) + Math.floor(r.methods.indexOf(method) / 7)) % 4];
+const shape = (r, method) => SHAPES[r.methods.indexOf(method) % 4]; // four shapes and seven colours: 28 methods differ
 
 function draw(root, width, height, r, measure) {
   if (!r.points.length) {

@@ -20,6 +20,7 @@ from lqedu.book.matrix import (
     pack_bits,
     problems,
     read_matrix,
+    row_numbers,
     select,
     slug,
     unpack_bits,
@@ -204,6 +205,32 @@ def test_committed_files_are_sound_and_say_what_the_pages_show():
         assert [problem for page in shown for problem in disagreements(page, matrix)] == []
     for page in shown:
         assert any(f"(book/results/matrix/{folder.name})" in page for folder in folders), page[:300]
+
+
+def test_the_page_shows_every_row_and_files_say_how_to_measure_them_again():
+    page = json.loads((ROOT / "book/chapters/22-side-by-side.ipynb").read_text(encoding="utf-8"))
+    shown = "".join(
+        "".join(output.get("data", {}).get("text/html", ""))
+        for cell in page["cells"]
+        for output in cell.get("outputs", [])
+    )
+    matrix = read_matrix("smollm2-135m", same_commit=False)
+    for row in matrix.summary():
+        assert row["wikitext2_nll"] is not None and row["mean_acc_norm"] is not None
+        assert shown.count(f">{row['title']}<") >= 3, row["title"]  # quality, tasks, cost
+    for name, file in matrix.files.items():
+        assert file["command"] == f"python -m lqedu.book.measure_matrix smollm2-135m --rows {name} --device cuda"
+        assert not file["dirty"]
+    card = {
+        "hellaswag": 40.9,
+        "piqa": 66.3,
+    }  # the model card of SmolLM2-135M-Instruct; the average of ARC's parts is 37.3
+    dense = matrix.summary()[0]
+    assert all(abs(100 * dense[f"{task}_acc_norm"] - value) <= 2 for task, value in card.items())
+    assert abs(50 * (dense["arc_easy_acc_norm"] + dense["arc_challenge_acc_norm"]) - 37.3) <= 2
+    assert dict(row_numbers("smollm2-135m", "gptq_w4_g64")) == matrix.summary()[
+        list(ROWS).index("gptq_w4_g64")
+    ] | dict.fromkeys([key for key in dense if "_gain" in key])
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 1001])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import lqedu
 from lqedu.book.matrix import BATCHES, LARGEST_NLL, TASKS, MatrixRow, pack_bits, select, slug
 from lqedu.book.measure import CALIBRATION, EVALUATION
-from lqedu.book.results import read_result, write_result
+from lqedu.book.results import origin, read_result, write_result
 from lqedu.calibration.corpus import wikitext2_text
 from lqedu.checkpoint.card import shown_name
 from lqedu.errors import GridError, LqeduError, MissingDependencyError, UsageError
@@ -435,11 +435,14 @@ def is_done(path: Path, configuration: Mapping[str, Any]) -> bool:
     """
     if not path.is_file():
         return False
-    result = read_result(path)
+    try:
+        result = read_result(path)
+    except UsageError as error:
+        raise UsageError(f"{error}; remove it and measure again") from error
     wanted = json.loads(json.dumps(configuration))
     if other := [key for key in IDENTITY if result["configuration"].get(key) != wanted[key]]:
         raise UsageError(
-            f"{path.name} in {path.parent.name} was measured with another {', '.join(other)}; "
+            f"{path.name} in {path.parent.name} differs in {', '.join(other)} from what would be measured now; "
             "choose another --out, or remove the file"
         )
     return not any(line.get("again") for line in result["values"])
@@ -547,8 +550,8 @@ def command_of(
 
 # --- how long it takes ------------------------------------------------------------------------------------------------
 
-# Tokens of everything that a row reads, padding included: 141 and 256 windows, and the texts of all choices.
-_TEXT_TOKENS = {"wikitext2": 289_000, "sotu": 131_000}
+# Tokens of everything that a row reads, padding included: 148 and 256 windows (of SmolLM2's tokens), and the texts of all choices.
+_TEXT_TOKENS = {"wikitext2": 303_104, "sotu": 131_000}
 _TASK_TOKENS = {
     "piqa": (1838, 2 * 42),
     "arc_easy": (2376, 4 * 34),
@@ -613,8 +616,9 @@ def weights_of(model: str) -> tuple[int, int]:
     """Weights of a model's linear layers and of its head, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lqedu.models.load import EMBEDDED, local_folder
+    from lqedu.models.load import EMBEDDED, check_source, local_folder
 
+    check_source(model)
     source = str(local_folder(model)) if model == EMBEDDED or Path(model).is_dir() else model
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -651,6 +655,8 @@ def main(
     """Measure every method on one model, a result file a row; the same command goes on where it stopped."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype is float32, bfloat16 or float16, got {dtype!r}")
+    if not dry_run:
+        origin(out)  # now, rather than when the first row was measured
     chosen, limits = select(rows), Limits(windows, items, length)
     linear_weights, head_weights = weights_of(model)
 
@@ -665,7 +671,7 @@ def main(
             there = "  there" if (out / slug(shown) / f"{row.name}.json").is_file() else ""
             print(f"{row.name:28} {cost(row):8.0f} s{there}")
         left = [row for row in chosen if not (out / slug(shown) / f"{row.name}.json").is_file()]
-        total = _START + sum(map(cost, left))
+        total = _START + sum(map(cost, left)) if left else 0
         print(f"{len(left)} of {len(chosen)} rows to measure, about {total / 60:.0f} min on one {device}")
         return
     setting = open_setting(

@@ -119,7 +119,7 @@ def write_result(
             machine.
     """
     path = Path(path)
-    commit, dirty = _commit(commit, path)
+    commit, dirty = origin(path, commit)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "name": path.stem,
@@ -141,6 +141,39 @@ def write_result(
     with atomic_file(path) as temporary:
         temporary.write_text(_text(result), encoding="utf-8")
     return path
+
+
+def origin(path: str | Path, commit: str | None = None) -> tuple[str, bool]:
+    """The commit that a result file at ``path`` would name, and whether files differed from it.
+
+    Ask before a long measurement: what would be refused at its end is refused now.
+
+    Args:
+        path: of a result file, or of a folder that will hold some; it need not exist.
+        commit: as for :func:`write_result`.
+
+    Raises:
+        UsageError: no commit is given, by the argument or by ``LQEDU_COMMIT``, and the path is outside a git repository; or
+            what is given is none.
+    """
+    path, stated = Path(path), commit or os.environ.get("LQEDU_COMMIT")
+    if stated:
+        commit = stated.removesuffix("-dirty")
+        if not _COMMIT.fullmatch(commit):
+            raise UsageError(f"commit must be 40 hex digits, got {commit!r}; pass another commit= or LQEDU_COMMIT")
+        return commit, stated.endswith("-dirty")
+    resolved = path.resolve()
+    folder = next((place for place in (resolved, *resolved.parents) if place.is_dir()), Path.cwd())
+    try:
+        commit = _output("git", "-C", str(folder), "rev-parse", "HEAD")
+        changed = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UsageError(
+            f"{path} is outside a git repository, so a result file there could not name a commit; "
+            "set LQEDU_COMMIT to the commit of this code, or choose a folder inside the clone"
+        ) from error
+    # A result file that is being replaced says nothing about the code that measured it.
+    return commit, any("book/results/" not in line for line in changed.splitlines())
 
 
 def validate(result: object) -> list[str]:
@@ -286,21 +319,6 @@ def _text(result: Mapping[str, Any]) -> str:
 
 
 # --- where it came from -----------------------------------------------------------------------------------------------
-
-
-def _commit(given: str | None, path: Path) -> tuple[str, bool]:
-    """``(commit, dirty)``, as given, from the environment, or from git."""
-    stated = given or os.environ.get("LQEDU_COMMIT")
-    if stated:
-        return stated.removesuffix("-dirty"), stated.endswith("-dirty")
-    folder = next((above for above in path.resolve().parents if above.is_dir()), Path.cwd())
-    try:
-        commit = _output("git", "-C", str(folder), "rev-parse", "HEAD")
-        changed = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UsageError(f"{path.name} is not in a git repository; pass commit= or set LQEDU_COMMIT") from error
-    # A result file that is being replaced says nothing about the code that measured it.
-    return commit, any("book/results/" not in line for line in changed.splitlines())
 
 
 def _machine_paths(command: str) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "smollm2-135m"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # not ./name
 
 
 def load_model(
@@ -51,8 +51,7 @@ def load_model(
     """
     name = str(name_or_path)
     device, dtype = check_device(device), check_dtype(dtype)
-    if not name:  # Path("") would be the folder this process runs in
-        raise UsageError(_meaningless(name))
+    check_source(name)
     if name == EMBEDDED:
         with _no_progress_bars():
             model, tokenizer = _load_dense(str(_embedded_folder()), dtype)
@@ -68,8 +67,6 @@ def load_model(
         with _no_progress_bars():
             model, tokenizer = _load_dense(name, dtype)
         _check_dense(Path(name), model)
-    elif Path(name).exists() or not _HUB_ID.fullmatch(name):
-        raise UsageError(_meaningless(name))
     elif _is_quantized_on_hub(name):  # downloads take long: their progress bars stay
         model, tokenizer = _load_imported(local_folder(name), dtype)
     else:
@@ -226,10 +223,9 @@ def local_folder(name: str) -> Path:
     """The folder of a dense model that :func:`load_model` would read, downloaded where it is on the Hub; errors as there."""
     if name == EMBEDDED:
         return _embedded_folder()
-    if name and Path(name).is_dir():
+    check_source(name)
+    if Path(name).is_dir():
         return Path(name)
-    if not name or Path(name).exists() or not _HUB_ID.fullmatch(name):
-        raise UsageError(_meaningless(name))
     from huggingface_hub import snapshot_download
 
     with _explained(name, "files"):
@@ -290,8 +286,14 @@ def _explained(source: str, part: str) -> Iterator[None]:
         ) from error
 
 
-def _meaningless(name: str) -> str:
-    return f"no model {name!r}; pass {EMBEDDED!r}, a Hub id such as 'org/name', or a folder"
+def check_source(name: str) -> None:
+    """Refuse (UsageError) what is neither the embedded model, nor a folder, nor can be an id on the Hub."""
+    path = Path(name)
+    # Path("") would be the folder this process runs in
+    if name and (name == EMBEDDED or path.is_dir() or (not path.exists() and _HUB_ID.fullmatch(name))):
+        return
+    what = "such folder" if name.startswith(("/", ".", "~")) and not path.exists() else "model"
+    raise UsageError(f"no {what} {name!r}; pass {EMBEDDED!r}, a Hub id such as 'org/name', or a folder")
 
 
 def _no_model(source: str) -> str:

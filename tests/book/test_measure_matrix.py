@@ -17,6 +17,9 @@ from tests.models.tiny import VOCABULARY, tiny_model
 LIMITS = matrix.Limits(windows=3, items=4)
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 HOST = dict.fromkeys(("gpu", "driver", "triton"))
+OPTIONS = {"device": "cpu", "dtype": "float32"} | dict.fromkeys(
+    ("part", "wikitext2", "tasks_folder", "windows", "items", "length", "tokens_per_batch", "minutes", "name")
+)
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +211,11 @@ def test_an_interrupted_run_goes_on_and_keeps_what_is_there(setting, tmp_path, m
     )
 
     other = _setting(setting.model, setting.tokenizer, matrix.Limits(windows=2, items=4))
-    with pytest.raises(UsageError, match=r"fp\.json in tiny was measured with another texts; choose another --out"):
+    with pytest.raises(UsageError, match=r"fp\.json in tiny differs in texts from .*; choose another --out"):
         matrix.run(other, rows, tmp_path, _command)
+    (folder / "fp.json").write_text((folder / "fp.json").read_text()[:100])
+    with pytest.raises(UsageError, match=r"cannot read the result file fp\.json: .*; remove it and measure again"):
+        matrix.run(setting, rows, tmp_path, _command)
 
 
 def test_a_row_that_ran_out_of_memory_is_tried_again_and_a_refused_one_is_not(setting, tmp_path, monkeypatch):
@@ -271,22 +277,30 @@ def test_the_estimate_grows_with_what_is_read_and_done():
     assert matrix.estimate(row, 7 * 10**9, 10**8, device="cuda", dtype="float16", limits=full) > seconds["rtn_w4_g64"]
 
 
+def test_a_folder_whose_files_could_name_no_commit_is_refused_before_a_model_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, "weights_of", lambda model: pytest.fail("a model was read"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("LQEDU_COMMIT")
+    options = OPTIONS | {"out": tmp_path / "new", "dry_run": False}
+    with pytest.raises(
+        UsageError, match=r"new is outside a git repository, .*; set LQEDU_COMMIT .* or choose a folder"
+    ):
+        matrix.main("smollm2-135m", rows="fp", **options)
+    monkeypatch.setenv("LQEDU_COMMIT", "main")
+    with pytest.raises(UsageError, match="commit must be 40 hex digits, got 'main'"):
+        matrix.main("smollm2-135m", rows="fp", **options)
+
+
 def test_a_dry_run_names_rows_and_minutes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(matrix, "weights_of", lambda model: (10**8, 10**7))
     (tmp_path / "opt_125m").mkdir()
     (tmp_path / "opt_125m" / "fp.json").write_text("{}")
-    options = {
-        "out": tmp_path,
-        "device": "cuda",
-        "dtype": "float32",
-        "part": None,
-        "wikitext2": None,
-        "tasks_folder": None,
-    }
-    options |= {"windows": None, "items": None, "length": None, "tokens_per_batch": None, "minutes": None, "name": None}
+    options = OPTIONS | {"out": tmp_path, "device": "cuda"}
     matrix.main("facebook/opt-125m", rows="fp,quip-*", dry_run=True, **options)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[0].endswith("there") and lines[-1].startswith("4 of 5 rows to measure, about ")
+    matrix.main("facebook/opt-125m", rows="fp", dry_run=True, **options)
+    assert capsys.readouterr().out.endswith("0 of 1 rows to measure, about 0 min on one cuda\n")
     with pytest.raises(UsageError, match="--dtype is float32"):
         matrix.main("facebook/opt-125m", rows="*", dry_run=True, **(options | {"dtype": "int8"}))
 
@@ -296,3 +310,5 @@ def test_weights_are_counted_from_a_configuration_alone(tmp_path):
     model.config.save_pretrained(tmp_path)
     counted = matrix.weights_of(str(tmp_path))
     assert counted == (3 * (4 * 32 * 32 + 2 * 32 * 48), VOCABULARY * 32)
+    with pytest.raises(UsageError, match="no such folder"):
+        matrix.weights_of(str(tmp_path / "nowhere"))

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import lqedu
 from lqedu.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
 from lqedu.models import load_model, weights_sha256
+from lqedu.models.load import local_folder
 from tests.models.tiny import TYPES, VOCABULARY, tiny_model, tiny_windows
 
 
@@ -72,6 +73,14 @@ def test_devices_that_are_not_there(folder):
 def test_names_that_mean_nothing(name):
     with pytest.raises(UsageError, match="'smollm2-135m', a Hub id such as 'org/name', or a folder"):
         load_model(name)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such", "../no-such", "~/no-such"])
+def test_a_path_without_a_folder_is_no_name_on_the_hub(name):
+    with pytest.raises(UsageError, match=f"no such folder '{name}'"):
+        load_model(name)
+    with pytest.raises(UsageError, match=f"no such folder '{name}'"):
+        local_folder(name)
 
 
 def test_a_file_is_no_model(folder):

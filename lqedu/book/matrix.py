@@ -199,15 +199,24 @@ class Matrix:
         return sorted({file["commit"] + ("+" if file["dirty"] else "") for file in self.files.values()})
 
     def part(self, row: str, name: str, **wanted: Any) -> dict[str, Any]:
-        """The line ``name`` of a row's file; empty where it is missing or says why there is no number."""
-        for line in self.files[row]["values"]:
+        """The line ``name`` of a row's file; empty where it is missing or says why there is no number.
+
+        Raises:
+            UsageError: the table has no such row.
+        """
+        for line in self._lines(row):
             if line["name"] == name and all(line.get(key) == value for key, value in wanted.items()):
                 return {} if "reason" in line else line
         return {}
 
     def reason(self, row: str) -> str | None:
         """Why a row has no numbers."""
-        return next((v["reason"] for v in self.files[row]["values"] if v["name"] == "refused"), None)
+        return next((line["reason"] for line in self._lines(row) if line["name"] == "refused"), None)
+
+    def _lines(self, row: str) -> list[dict[str, Any]]:
+        if row not in self.files:
+            raise UsageError(f"no row {row!r}; the table has {', '.join(self.files)}")
+        return self.files[row]["values"]
 
     def summary(self) -> list[dict[str, Any]]:
         """A dict of numbers a row, ``None`` where there is none.
@@ -282,9 +291,12 @@ def read_matrix(
         same_commit: refuse files that different commits measured.
 
     Raises:
-        UsageError: a row is missing, a file breaks the schema, contradicts its own samples, or was measured on another model,
-            text, task or device than the others, or by another commit; the sentence names it.
+        UsageError: a row is missing, a file breaks the schema, lacks a line, contradicts its own samples, or was measured on
+            another model, text, task or device than the others, or by another commit; the sentence names it. Or the folder
+            holds another model.
     """
+    if isinstance(rows, str):
+        raise UsageError(f"rows is a list of names, got the text {rows!r}; pass rows=[{rows!r}]")
     wanted = list(ROWS if rows is None else rows)
     place = _find(model) if folder is None else Path(folder)
     missing = [name for name in wanted if not (place / f"{name}.json").is_file()]
@@ -295,6 +307,9 @@ def read_matrix(
         )
     files = {name: read_result(place / f"{name}.json") for name in wanted}
     _check_same(model, files, same_commit)
+    held = files[wanted[0]]["configuration"].get("model", model)
+    if slug(held) != slug(model):
+        raise UsageError(f"the files in {place} are of {held}, not {model}; pass that name, or another folder")
     for name, file in files.items():
         if found := problems(file):
             raise UsageError(f"the row {name} of {model} contradicts itself: {'; '.join(found)}")
@@ -314,8 +329,33 @@ def row_numbers(model: str, name: str) -> Mapping[str, Any]:
     return MappingProxyType(read_matrix(model, rows=dict.fromkeys((DENSE, name)), same_commit=False).summary()[-1])
 
 
+#: What a line of a row's file holds, by its name, unless it says why there is no number.
+_HOLDS = {
+    "storage": ("bits_per_weight",),
+    "quantize": ("seconds", "median"),
+    "decode": ("batch", "tokens_per_s", "samples"),
+    **dict.fromkeys(TEXTS, ("nll", "stderr", "ppl", "samples")),
+    **dict.fromkeys(
+        TASKS,
+        ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "correct", "correct_norm", "items", "items_sha256"),
+    ),
+}
+
+
+def _missing_lines(result: Mapping[str, Any]) -> list[str]:
+    """Lines of the bench that a row's file does not have; a refused row needs none."""
+    there = [(line.get("name"), line.get("batch")) for line in result["values"]]
+    names = {name for name, _ in there}
+    if "refused" in names:
+        return []
+    dense = result["configuration"]["method"] == "dense"
+    wanted = [name for name in _HOLDS if name != "decode" and not (dense and name == "quantize")]
+    lacks = [f"lacks the line {name}" for name in wanted if name not in names]
+    return lacks + [f"lacks the line decode of batch {n}" for n in BATCHES if ("decode", n) not in there]
+
+
 def problems(result: Mapping[str, Any]) -> list[str]:
-    """Where a row's summaries are not those of its own samples and bits; what the schema cannot know."""
+    """What a row's file lacks, and where its summaries are not those of its own samples and bits; what the schema cannot know."""
     found = []
 
     def same(where: str, stored: Any, computed: float | None) -> None:
@@ -331,9 +371,13 @@ def problems(result: Mapping[str, Any]) -> list[str]:
         return [f"configuration lacks {', '.join(lost)}"]
     if about["row"] != result["name"]:
         found.append(f"the file {result['name']} holds the row {about['row']}")
+    found += _missing_lines(result)
     for line in result["values"]:
         name = line.get("name")
         if "reason" in line:
+            continue
+        if lost := [key for key in _HOLDS.get(name, ()) if key not in line]:
+            found.append(f"{name} lacks {', '.join(lost)}")
             continue
         if name in TEXTS:
             nll, stderr = _mean_and_error(line["samples"])
@@ -341,7 +385,7 @@ def problems(result: Mapping[str, Any]) -> list[str]:
             same(f"{name} stderr", line["stderr"], stderr)
             ppl = None if line["nll"] >= LARGEST_NLL else math.exp(line["nll"])
             same(f"{name} ppl", line["ppl"], ppl)
-            if len(line["samples"]) != about["texts"][name]["windows"]:
+            if len(line["samples"]) != about["texts"].get(name, {}).get("windows"):
                 found.append(f"{name} has {len(line['samples'])} windows, the configuration says otherwise")
         elif name in TASKS:
             for kind in ("acc", "acc_norm"):
@@ -352,7 +396,7 @@ def problems(result: Mapping[str, Any]) -> list[str]:
                     continue
                 same(f"{name} {kind}", line[kind], mean)
                 same(f"{name} {kind}_stderr", line[f"{kind}_stderr"], stderr)
-            if {key: line[key] for key in ("items", "items_sha256")} != about["tasks"][name]:
+            if {key: line[key] for key in ("items", "items_sha256")} != about["tasks"].get(name):
                 found.append(f"{name} was measured on {line['items']} items, the configuration names others")
         elif name == "quantize":
             same("quantize seconds", line["seconds"], line["median"])

@@ -51,6 +51,8 @@ def _lines(name):
     task |= {"items": 5, "items_sha256": "a"}
     lines = [{"name": text_name, **text} for text_name in TEXTS]
     lines += [{"name": task_name, **task, "correct": bits, "correct_norm": bits} for task_name in TASKS]
+    if name != DENSE:
+        lines.append({"name": "quantize", "seconds": 2.0, "samples": [2.0], "unit": "s"})
     lines.append({"name": "storage", "bits_per_weight": 32.0 if name == "fp" else 4.25})
     lines.append({"name": "decode", "batch": 1, "tokens_per_s": 4.0, "samples": [0.25, 0.2], "unit": "s"})
     lines.append({"name": "decode", "batch": 16, "reason": "no kernel"})
@@ -96,7 +98,7 @@ def test_differences_are_paired_by_window_and_by_item(folder):
     assert gptq["mean_acc_delta_stderr"] == pytest.approx(_mean_and_error(wins)[1] / 2)  # of four independent tasks
     assert gptq["mean_acc"] == pytest.approx(0.6) and rtn["mean_acc_norm_delta"] == pytest.approx(-0.4)
     assert (gptq["tokens_per_s_1"], gptq["tokens_per_s_16"]) == (4.0, None)
-    assert (gptq["bits"], gptq["bits_per_weight"], gptq["quantize_seconds"]) == (4, 4.25, None)
+    assert (gptq["bits"], gptq["bits_per_weight"], gptq["quantize_seconds"]) == (4, 4.25, 2.0)
 
 
 def test_a_missing_row_is_named(folder):
@@ -156,13 +158,35 @@ def test_a_number_edited_by_hand_is_found(folder):
         _read(folder)
 
 
+def test_what_a_file_lacks_is_found(folder):
+    sound = json.loads((folder / "gptq_w4_channel.json").read_text())
+    for name in (*TEXTS, *TASKS, "storage", "quantize"):
+        fewer = [line for line in sound["values"] if line["name"] != name]
+        assert problems(sound | {"values": fewer}) == [f"lacks the line {name}"]
+    fewer = [line for line in sound["values"] if line.get("batch") != 16]
+    assert problems(sound | {"values": fewer}) == ["lacks the line decode of batch 16"]
+    for name, key in (("sotu", "nll"), ("piqa", "items"), ("piqa", "correct_norm"), ("storage", "bits_per_weight")):
+        lines = [{k: v for k, v in line.items() if (line["name"], k) != (name, key)} for line in sound["values"]]
+        assert problems(sound | {"values": lines}) == [f"{name} lacks {key}"]
+
+
+def test_names_that_are_not_there_are_refused(folder):
+    with pytest.raises(UsageError, match="no row 'zz'; the table has fp, rtn_w4_channel"):
+        _read(folder).part("zz", "sotu")
+    with pytest.raises(UsageError, match=r"pass rows=\['fp'\]"):
+        read_matrix("org/tiny", rows="fp", folder=folder)
+    with pytest.raises(UsageError, match=r"the files in .* are of org/tiny, not gpt2"):
+        read_matrix("gpt2", rows=NAMES, folder=folder)
+
+
 def test_a_row_that_was_refused_is_a_row_with_its_reason(folder):
     _write(folder, "gptq_w4_channel", lines=[{"name": "refused", "reason": "heads of 3 features"}])
     matrix = _read(folder)
     row = matrix.summary()[2]
     assert row["reason"] == "heads of 3 features" and row["sotu_ppl"] is None and row["mean_acc_delta_stderr"] is None
     assert "heads of 3 features" in str(matrix_table(matrix, ["sotu_ppl", "reason"], caption="All"))
-    _write(folder, DENSE, lines=[{"name": "sotu", "reason": "no text"}])  # nothing to compare with
+    lines = [line for line in _lines(DENSE) if line["name"] != "sotu"]
+    _write(folder, DENSE, lines=[*lines, {"name": "sotu", "reason": "no text"}])  # nothing to compare with
     assert _read(folder).summary()[1]["sotu_delta"] is None
 
 

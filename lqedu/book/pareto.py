@@ -6,7 +6,8 @@ Needs no torch.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from lqedu.book.matrix import BATCHES, DENSE, TASKS, TEXTS, Matrix
@@ -31,7 +32,7 @@ _PARTS = {"bits_per_weight": "storage", "quantize_seconds": "quantize"} | dict.f
 )
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
     """Positions of the points that no other point dominates, in increasing order; ``22-side-by-side`` derives it.
 
     A point dominates another if it is not larger in either coordinate and smaller in at least one. So points that are
@@ -42,23 +43,26 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         points: less is better in both coordinates; negate one in which more is better.
 
     Raises:
-        UsageError: a coordinate is not a number.
+        UsageError: these are no pairs, or a coordinate is not a number.
 
     >>> pareto_front([(4.0, 26.6), (3.0, 52.4), (4.0, 28.6), (3.0, 52.4), (8.0, 26.6)])
     [0, 1, 3]
     >>> pareto_front([])
     []
     """
-    for i, point in enumerate(points):
-        if len(point) != 2 or any(math.isnan(value) for value in point):
-            raise UsageError(f"point {i} is {tuple(point)}; a front needs two numbers a point, leave out what has none")
+    try:
+        pairs = [tuple(point) for point in points]
+    except TypeError as error:
+        raise UsageError(f"a front needs a list of pairs of numbers ({error})") from error
+    for i, pair in enumerate(pairs):
+        if len(pair) != 2 or not all(isinstance(value, Real) and not math.isnan(value) for value in pair):
+            raise UsageError(f"point {i} is {pair}; a front needs two numbers a point, leave out what has none")
     front: list[int] = []
     last = None  # the last point that was kept; from one to the next the first coordinate grows and the second falls
-    for i in sorted(range(len(points)), key=lambda i: tuple(points[i])):
-        point = tuple(points[i])
-        if last is None or point == last or point[1] < last[1]:
+    for i in sorted(range(len(pairs)), key=pairs.__getitem__):
+        if last is None or pairs[i] == last or pairs[i][1] < last[1]:
             front.append(i)
-            last = point
+            last = pairs[i]
     return sorted(front)
 
 
@@ -70,9 +74,17 @@ def signed(row: dict[str, Any], x: str, quality: str) -> tuple[float, float]:
         x: a key of :data:`AXES`.
         quality: a key of :data:`QUALITIES`.
 
+    Raises:
+        UsageError: there is no such key, or the row has no such number.
+
     >>> signed({"bits_per_weight": 4.25, "mean_acc_norm": 0.44}, "bits_per_weight", "mean_acc_norm")
     (4.25, -0.44)
     """
+    for key, known in ((x, AXES), (quality, QUALITIES)):
+        if key not in known:
+            raise UsageError(f"there is no {key!r} to compare by; choose among {', '.join(known)}")
+        if row.get(key) is None:
+            raise UsageError(f"the row {row.get('name', '')!r} has no {key}; leave it out")
     return (
         row[x] if AXES[x]["less"] else -row[x],
         row[quality] if QUALITIES[quality]["less"] else -row[quality],

@@ -71,6 +71,23 @@ def test_what_is_no_point_is_refused(bad) -> None:
         pareto_front([(1.0, 1.0), bad])
 
 
+def test_any_iterable_of_pairs_will_do_and_nothing_else() -> None:
+    assert pareto_front(iter([(1, 2), [2, 1], (2, 2)])) == [0, 1]
+    for bad in (None, 3, "abc", [1.0, 2.0], ["ab"], [(1.0, None)]):
+        with pytest.raises(UsageError, match="a front needs"):
+            pareto_front(bad)
+
+
+def test_numbers_that_are_not_there_are_refused() -> None:
+    row = {"name": "a", "bits_per_weight": 4.0, "mean_acc_norm": None}
+    with pytest.raises(UsageError, match="there is no 'bits' to compare by; choose among bits_per_weight"):
+        signed(row, "bits", "mean_acc_norm")
+    with pytest.raises(UsageError, match="there is no 'ppl' to compare by; choose among wikitext2_ppl"):
+        signed(row, "bits_per_weight", "ppl")
+    with pytest.raises(UsageError, match="the row 'a' has no mean_acc_norm"):
+        signed(row, "bits_per_weight", "mean_acc_norm")
+
+
 # --- the data ---------------------------------------------------------------------------------------------------------
 
 

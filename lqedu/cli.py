@@ -17,7 +17,7 @@ import typer
 
 from lqedu import __version__
 from lqedu._statistics import finite
-from lqedu.errors import ExportError, LqeduError, UsageError
+from lqedu.errors import ExportError, LqeduError, MissingDependencyError, UsageError
 
 _BadUsage = typer.BadParameter.__mro__[2]  # ClickException: click's own, or the copy that newer typers carry
 
@@ -458,7 +458,11 @@ def _evaluate_tasks(model: str, tasks: list[str], items: int | None, json_: bool
         raise UsageError("--tasks names no task, for example piqa,hellaswag")
     theirs = [task for task in tasks if task not in TASKS and not task.endswith(".jsonl")]
     if theirs:
-        lm_eval.register()  # refuses now, rather than after the others were scored
+        try:
+            lm_eval.register()  # refuses now, rather than after the others were scored
+        except MissingDependencyError as error:
+            known = f"{theirs[0]!r} is no task of ours ({', '.join(TASKS)}, or a JSONL file with such a name)"
+            raise MissingDependencyError(f"{known}; for those of lm-eval, {error}") from error
     questions = {Path(task).stem: load_task(task, limit=items) for task in tasks if task not in theirs}
     scores: dict[str, dict[str, Any]] = {}
     if questions:

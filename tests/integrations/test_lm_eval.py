@@ -236,6 +236,7 @@ def test_the_command_eval_mixes_both(saved: Path, tmp_path: Path, monkeypatch, c
         (["--tasks", " , "], "--tasks names no task"),
         (["--tasks", "nothing/piqa.jsonl"], "cannot read nothing/piqa.jsonl"),
         (["--tasks", "sciq,nothing/piqa.jsonl"], "pip install lm-eval"),
+        (["--tasks", "nope"], "'nope' is no task of ours (piqa, arc_easy,"),
         (["--items", "3"], "--items says how many items of --tasks"),
     ],
 )

@@ -57,14 +57,15 @@ const shown = (key, v) => (key.endsWith("acc_norm") ? `${(100 * v).toFixed(1)} %
 
 function draw(root, width, height, { rows, dense, qualities, axes, quality, x: key, row }, r) {
   const about = qualities[quality], across = axes[key], share = quality.endsWith("acc_norm") ? 100 : 1;
-  const left = 44, right = width - 12, top = 40, bottom = height - 44, fp = dense[quality];
-  root.append(svg("text", { class: "strong", x: 4, y: 14 }, `${about.label}${share > 1 ? " in %" : ""}, ${about.less ? "less" : "more"} is better`));
+  const fp = dense[quality], fastFp = dense[key]; // a speed, or nothing
+  const title = [`${about.label}${share > 1 ? " in %" : ""}`, `${about.less ? "less" : "more"} is better`], lines = width < 420 ? title : [title.join(", ")];
+  const left = 44, right = width - 12, top = 25 + 15 * lines.length + (fastFp ? 15 : 0), bottom = height - 44;
+  lines.forEach((line, i) => root.append(svg("text", { class: "strong", x: 4, y: 14 + 15 * i }, line)));
   if (!r.points.length) {
     root.append(svg("text", { class: "muted", x: left, y: top + 20 }, "None of these rows has both numbers."));
     return;
   }
   const y = scaleOf([...r.points.map((p) => p.y), fp].map((v) => share * v), [about.less ? bottom - 18 : bottom, about.less ? top : top + 12], about.log, share * r.cap);
-  const fastFp = dense[key]; // a speed, or nothing
   const x = scaleOf([...r.points.map((p) => p.x), fastFp ?? r.points[0].x], [left + 8, right - 8], across.log);
   for (const t of y.marks) {
     root.append(svg("line", { class: "rule", "stroke-opacity": 0.45, x1: left, x2: right, y1: y(t), y2: y(t) }));
@@ -78,10 +79,12 @@ function draw(root, width, height, { rows, dense, qualities, axes, quality, x: k
   root.append(svg("text", { x: (left + right) / 2, y: bottom + 36, "text-anchor": "middle" }, `${across.label}, ${across.less ? "less" : "more"} is better`));
   const dashed = { stroke: "currentColor", "stroke-dasharray": "5 4", "stroke-opacity": 0.8 }, level = y(share * fp);
   root.append(svg("line", { ...dashed, x1: left, x2: right, y1: level, y2: level }));
-  root.append(svg("text", { class: "strong", x: left + 4, y: about.less || fastFp ? level + 14 : level - 5 }, `FP ${shown(quality, fp)}`));
-  if (fastFp) {
-    root.append(svg("line", { ...dashed, x1: x(fastFp), x2: x(fastFp), y1: top, y2: bottom }));
-    root.append(svg("text", { class: "strong", x: x(fastFp) - 4, y: bottom - 6, "text-anchor": "end" }, `FP ${shown(key, fastFp)}`));
+  if (fastFp) { // both numbers above the points and their arrows, where they cover none
+    const at = x(fastFp), anchor = at < (left + right) / 2 ? "start" : "end";
+    root.append(svg("line", { ...dashed, x1: at, x2: at, y1: top - 17, y2: bottom }));
+    root.append(svg("text", { class: "strong", x: at, y: top - 21, "text-anchor": anchor }, `FP ${shown(quality, fp)} at ${shown(key, fastFp)}`));
+  } else {
+    root.append(svg("text", { class: "strong", x: left + 4, y: about.less ? level + 16 : level - 5 }, `FP ${shown(quality, fp)}`));
   }
   const style = styles(rows), at = Object.fromEntries(r.points.map((p) => [p.name, p]));
   for (const p of r.points) [p.px, p.py] = [x(p.x), y(share * p.y)];
@@ -147,7 +150,7 @@ export default {
     let result = null;
     const view = picture({
       label: "Points: quality of every row against its cost; a line of steps joins the rows that nobody beats, a dashed one is FP",
-      height: (width) => (width < 420 ? 330 : 400),
+      height: (width) => (width < 420 ? 350 : 400),
       draw: (root, width, height) => draw(root, width, height, inputs(), result),
     });
     const pick = (event, reach) => {

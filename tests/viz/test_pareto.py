@@ -177,6 +177,29 @@ def test_every_control_changes_the_picture_and_the_words(width: int) -> None:
     assert_every_control_matters(_example(), width=width, order=range(4))
 
 
+@pytest.mark.parametrize("width", [320, 375])
+def test_on_a_phone_no_text_is_cut_off_and_the_label_of_fp_covers_no_point(width: int) -> None:
+    look = """() => {
+      const box = (node) => node.getBoundingClientRect(), all = (what) => [...document.querySelectorAll(`.picture svg ${what}`)];
+      const picture = box(document.querySelector(".picture")), points = all("path[class]").map(box);
+      const over = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+      const cut = (a) => a.left < picture.left || a.right > picture.right;
+      const texts = all("text"), fp = texts.filter((t) => t.textContent.startsWith("FP "));
+      return { cut: texts.filter((t) => cut(box(t))).map((t) => t.textContent), points: points.length,
+        fp: fp.map((t) => [t.textContent, points.filter((p) => over(p, box(t))).length]) };
+    }"""
+    with explorer_page(_example(), width=width) as page:
+        selects = page.locator(".control select")
+        for x, quality in itertools.product(AXES, QUALITIES):
+            selects.nth(0).select_option(QUALITIES[quality]["label"])
+            selects.nth(1).select_option(AXES[x]["label"])
+            seen = page.evaluate(look)
+            assert seen["cut"] == [] and seen["points"] > 20, (x, quality)
+            (label, covered), *others = seen["fp"]
+            assert not others and (" at " in label) == x.startswith("tokens")
+            assert not x.startswith("tokens") or covered == 0, (x, quality)
+
+
 def test_pointing_at_a_point_and_tapping_one_name_the_row() -> None:
     with explorer_page(_example(), width=375, theme="dark") as page:
         words = page.inner_text("[aria-live]")

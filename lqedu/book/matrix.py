@@ -291,9 +291,9 @@ def read_matrix(
         same_commit: refuse files that different commits measured.
 
     Raises:
-        UsageError: a row is missing, a file breaks the schema, lacks a line, contradicts its own samples, or was measured on
-            another model, text, task or device than the others, or by another commit; the sentence names it. Or the folder
-            holds another model.
+        UsageError: a row is missing, a file breaks the schema, lacks a line, contradicts its own samples, or was measured
+            on another model, text, task or device than the others, or by another commit; the sentence names it. Or the
+            folder holds another model.
     """
     if isinstance(rows, str):
         raise UsageError(f"rows is a list of names, got the text {rows!r}; pass rows=[{rows!r}]")
@@ -355,7 +355,7 @@ def _missing_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def problems(result: Mapping[str, Any]) -> list[str]:
-    """What a row's file lacks, and where its summaries are not those of its own samples and bits; what the schema cannot know."""
+    """What the schema cannot know: what a row's file lacks, and summaries that its samples and bits contradict."""
     found = []
 
     def same(where: str, stored: Any, computed: float | None) -> None:

@@ -153,8 +153,8 @@ def origin(path: str | Path, commit: str | None = None) -> tuple[str, bool]:
         commit: as for :func:`write_result`.
 
     Raises:
-        UsageError: no commit is given, by the argument or by ``LQEDU_COMMIT``, and the path is outside a git repository; or
-            what is given is none.
+        UsageError: the path is outside a git repository, and neither the argument nor ``LQEDU_COMMIT`` gives a commit;
+            or what they give is none.
     """
     path, stated = Path(path), commit or os.environ.get("LQEDU_COMMIT")
     if stated:

@@ -657,6 +657,10 @@ def main(
         raise UsageError(f"--dtype is float32, bfloat16 or float16, got {dtype!r}")
     if not dry_run:
         origin(out)  # now, rather than when the first row was measured
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"no results can be written to {out}: {error.strerror}; choose another --out") from error
     chosen, limits = select(rows), Limits(windows, items, length)
     linear_weights, head_weights = weights_of(model)
 

@@ -289,6 +289,10 @@ def test_a_folder_whose_files_could_name_no_commit_is_refused_before_a_model_is_
     monkeypatch.setenv("LQEDU_COMMIT", "main")
     with pytest.raises(UsageError, match="commit must be 40 hex digits, got 'main'"):
         matrix.main("smollm2-135m", rows="fp", **options)
+    monkeypatch.setenv("LQEDU_COMMIT", "0" * 40)
+    (tmp_path / "new").write_text("a file, no folder")
+    with pytest.raises(UsageError, match=r"no results can be written to .*new: .*; choose another --out"):
+        matrix.main("smollm2-135m", rows="fp", **options)
 
 
 def test_a_dry_run_names_rows_and_minutes(tmp_path, monkeypatch, capsys):

@@ -177,7 +177,7 @@ def test_requests_are_refused_before_work_starts(
     refused(GridError, r"layers.0.self_attn.q_proj \[64, 64\], GPTQ: group_size 128", GPTQ(group_size=128))
     refused(CalibrationError, "needs calibration", calibration=None)
     refused(UsageError, "does not have", FP8(keep="nothing"))
-    refused(UsageError, "no model", source=tmp_path / "nowhere")
+    refused(UsageError, "no such folder", source=tmp_path / "nowhere")
     refused(UsageError, "dtype must be", dtype=torch.int8)
     refused(UsageError, "unknown device", device="nonsense")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
